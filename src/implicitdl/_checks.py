@@ -1,0 +1,103 @@
+"""The only place where argument errors are worded: `<Who>: expected <what>, got <actual>. <What to do.>`"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ArgumentError(ValueError):
+    """A bad argument, in one worded sentence. The command line prints it and exits with 2."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def wrong(who: str, expected: str, got: object, do: str = "") -> ArgumentError:
+    """The one form every argument error has.  Raise what this returns."""
+    return ArgumentError(f"{who}: expected {expected}, got {got}.{' ' + do if do else ''}")
+
+
+def positive_int(who: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise wrong(who, f"{name} to be a positive integer", repr(value))
+    return value
+
+
+def open_unit(who: str, name: str, value: Any) -> float:
+    """κ and its like: a number strictly between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise wrong(who, f"{name} strictly between 0 and 1", repr(value))
+    return float(value)
+
+
+def non_negative(who: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0.0:
+        raise wrong(who, f"{name} ≥ 0", repr(value))
+    return float(value)
+
+
+def non_negative_int(who: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise wrong(who, f"{name} to be an integer ≥ 0", repr(value))
+    return value
+
+
+def positive(who: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        raise wrong(who, f"{name} to be a positive finite number", repr(value))
+    return float(value)
+
+
+def fraction(who: str, name: str, value: Any) -> float:
+    """A share that may be nothing but never everything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise wrong(who, f"0 ≤ {name} < 1", repr(value))
+    return float(value)
+
+
+def choice(who: str, name: str, value: Any, known: Any) -> Any:
+    if value not in known:
+        raise wrong(who, f"{name} to be one of {', '.join(map(str, known))}", repr(value))
+    return value
+
+
+def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Data must have the dtype and the device of the weights; autocast casts the dtype by itself."""
+    if tensor.device != like.device:
+        raise wrong(
+            who, f"{name} on {like.device}", tensor.device, f"Move one of them: {name}.to('{like.device}')."
+        )
+    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise wrong(
+            who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype})."
+        )
+
+
+def finite(who: str, name: str, tensor: Tensor) -> None:
+    # One reduction instead of isfinite().all(): a sum is finite unless an entry is not, or it overflows,
+    # and only then are the entries looked at one by one.
+    if not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise wrong(
+            who,
+            f"finite {name}",
+            f"{bad} NaN or infinite entries of {tensor.numel()}",
+            "Clean the input first.",
+        )
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """Import an optional dependency where it is used, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"implicitdl: {module} is not installed. Install it with: pip install 'implicitdl[{name}]'"
+        ) from error

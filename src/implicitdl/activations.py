@@ -1,0 +1,131 @@
+"""Activation: φ with all that the mathematics needs to know about it, in one record."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .solution import ImplicitFunctionWarning
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise activation φ.
+
+    Arguments:
+        name: how it is called in a saved configuration.
+        phi: z ↦ φ(z), elementwise.
+        dphi: z ↦ φ'(z), elementwise.  At a kink, one of the one-sided slopes.
+        slope: (min φ', max φ').
+        homogeneous: whether φ(t z) = t φ(z) for t ≥ 0 (ReLU and its like).
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.activations import RELU, SILU
+        >>> RELU.phi(torch.tensor([-1.0, 2.0])), RELU.lipschitz
+        (tensor([0., 2.]), 1.0)
+        >>> round(SILU.lipschitz, 3)
+        1.1
+    """
+
+    name: str
+    phi: Elementwise
+    dphi: Elementwise
+    slope: tuple[float, float]
+    homogeneous: bool = False
+
+    @property
+    def lipschitz(self) -> float:
+        """max |φ'|: ‖A‖∞ ≤ κ / lipschitz makes x ↦ φ(Ax + b) a contraction."""
+        return max(abs(self.slope[0]), abs(self.slope[1]))
+
+    def __reduce_ex__(self, protocol: object) -> object:
+        # phi and dphi may be lambdas, which pickle refuses; a built-in is found again by its name.
+        if BUILTIN.get(self.name) is self:
+            return _builtin, (self.name,)
+        return super().__reduce_ex__(protocol)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: object) -> Activation:
+        return self
+
+
+def derivative_of(phi: Elementwise) -> Elementwise:
+    """φ' by autograd, for an elementwise φ that comes without one."""
+    return _Derivative(phi)
+
+
+@dataclass(frozen=True)
+class _Derivative:  # a class, not a closure, so that a model which holds it can be pickled
+    phi: Elementwise
+
+    def __call__(self, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = self.phi(z)
+        return torch.autograd.grad(y, z, torch.ones_like(y))[0]
+
+
+def bounded_numerically(name: str, phi: Elementwise, dphi: Elementwise) -> Activation:
+    """An Activation for a φ whose slope is not known: the slope is bounded on a grid, and that is said aloud."""
+    # 2·10⁵ points on [−100, 100]: a slope that varies on the scale of 1 is met to 1e-6, and an unbounded one
+    # shows as the largest value being taken at the end of the interval.
+    z = torch.linspace(-100.0, 100.0, 200_001, dtype=torch.float64)
+    slopes = dphi(z)
+    low, high = float(slopes.min()), float(slopes.max())
+    warnings.warn(
+        f"{name}: the slope of φ is not known; on [-100, 100] it lies in [{low:.4g}, {high:.4g}], and ‖A‖∞ is kept "
+        f"below κ divided by its largest absolute value. Pass an Activation with the exact slope to silence this.",
+        ImplicitFunctionWarning,
+        stacklevel=3,
+    )
+    return Activation(name, phi, dphi, (low, high))
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * z * z) * 0.3989422804014327  # 1/√(2π)
+    return 0.5 * (1 + torch.erf(z * 0.7071067811865476)) + z * density  # 1/√2
+
+
+# max of SiLU' and GELU', where the second derivative vanishes (bisection in float64; tests recompute them).
+_SILU = 1.099839320128867
+_GELU = 1.1289041451851547
+
+RELU = Activation("relu", torch.relu, lambda z: (z > 0).to(z.dtype), (0.0, 1.0), homogeneous=True)
+LEAKY_RELU = Activation(
+    "leaky_relu",
+    lambda z: F.leaky_relu(z, 0.01),
+    lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype),
+    (0.01, 1.0),
+    homogeneous=True,
+)
+IDENTITY = Activation("identity", lambda z: z, torch.ones_like, (1.0, 1.0), homogeneous=True)
+TANH = Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, (0.0, 1.0))
+SIGMOID = Activation(
+    "sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), (0.0, 0.25)
+)
+HARDTANH = Activation("hardtanh", F.hardtanh, lambda z: (z.abs() < 1).to(z.dtype), (0.0, 1.0))
+SOFTPLUS = Activation("softplus", F.softplus, torch.sigmoid, (0.0, 1.0))
+ELU = Activation("elu", F.elu, lambda z: torch.exp(z.clamp(max=0)), (0.0, 1.0))
+SILU = Activation("silu", F.silu, _silu_slope, (1 - _SILU, _SILU))
+GELU = Activation("gelu", F.gelu, _gelu_slope, (1 - _GELU, _GELU))
+
+BUILTIN: dict[str, Activation] = {
+    a.name: a
+    for a in (RELU, LEAKY_RELU, IDENTITY, TANH, SIGMOID, HARDTANH, SOFTPLUS, ELU, SILU, GELU)
+}
+
+
+def _builtin(name: str) -> Activation:
+    return BUILTIN[name]

@@ -1,0 +1,9 @@
+"""The solver family: each is a frozen dataclass of its settings with `init` and `step`; the loop is iterate.py."""
+
+from .anderson import Anderson
+from .auto import Auto
+from .base import Solver
+from .picard import Picard
+from .substitution import Substitution
+
+__all__ = ["Anderson", "Auto", "Picard", "Solver", "Substitution"]

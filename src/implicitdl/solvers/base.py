@@ -1,0 +1,74 @@
+"""Solver: the settings of a method and its single step.  Stopping, freezing and counting belong to the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import non_negative, positive_int, wrong
+from ..equilibrium import RowMap
+
+# A relative residual that the dtype's rounding lets every well-conditioned map reach.
+_DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Base class of the solvers.
+
+    Arguments:
+        rtol: relative tolerance of ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, tested per sample; None means 1e-10 in
+            float64, 1e-5 in float32 and 1e-2 in bfloat16 and float16.
+        atol: absolute tolerance of the same test.
+        max_steps: the most evaluations of f spent on a sample.
+
+    A new solver is a subclass with `init` and `step`, one export, and one line in `testing.py`.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 300
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        non_negative(who, "atol", self.atol)
+        positive_int(who, "max_steps", self.max_steps)
+        if self.rtol is not None and not 0.0 < non_negative(who, "rtol", self.rtol):
+            raise wrong(who, "rtol > 0", self.rtol, "Use atol for an absolute tolerance beside it.")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return self.rtol if self.rtol is not None else _DEFAULT_RTOL[dtype]
+
+    def stages(self, f: RowMap) -> tuple[Solver, ...]:
+        """The solvers that a sample goes through; all but the last may hand it over to the next."""
+        return (self,)
+
+    def check_interval(self, f: RowMap) -> int:
+        """Steps between two looks at the residual."""
+        return 1
+
+    def init(self, f: RowMap, x: Tensor) -> Any:
+        """State of the method at x, (batch, d)."""
+        return None
+
+    @abstractmethod
+    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
+        """From x and f(x): the next x, the next state, and the evaluations of f made on the way."""
+
+    def take(self, state: Any, rows: Tensor) -> Any:
+        """The state of some of the samples, when the others have finished."""
+        return None
+
+    def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
+        """Which samples the next stage should take, given two residuals ``steps`` evaluations apart."""
+        return None
+
+
+def check_damping(who: str, damping: float) -> None:
+    if not isinstance(damping, (int, float)) or not 0.0 < damping <= 2.0:
+        raise wrong(who, "damping in (0, 2]", repr(damping))

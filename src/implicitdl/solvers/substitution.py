@@ -1,0 +1,37 @@
+"""Exact solution of a strictly triangular equilibrium."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import wrong
+from ..equilibrium import RowMap
+from .base import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Substitution(Solver):
+    """x_i = φ(b_i + Σ_{j>i} a_ij x_j), from the last component to the first.
+
+    For maps with a `substitute` method (an Equilibrium with ``triangular=True``); it costs one sweep, exists for
+    any φ and any size of A, and takes no iteration.  The loop evaluates f once more to report the residual.
+    """
+
+    @staticmethod
+    def serves(f: RowMap) -> bool:
+        return bool(getattr(f, "triangular", False))
+
+    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
+        if not self.serves(f):
+            raise wrong(
+                "Substitution",
+                "an Equilibrium with a strictly triangular A",
+                type(f).__name__,
+                "Use Auto(), which substitutes where it can.",
+            )
+        with torch.no_grad():  # columns are written in place; the adjoint, not autograd, differentiates the result
+            return f.substitute(), None, 1  # type: ignore[attr-defined]

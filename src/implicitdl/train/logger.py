@@ -1,0 +1,224 @@
+"""The record of a run: one row of figures at a time, as CSV and JSON lines, and the best weights by one of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .. import _store
+from .._checks import wrong
+from .state import check_weights, set_weights, weights_of
+
+CSV, JSONL, BEST, LAST = "metrics.csv", "metrics.jsonl", "best", "last"
+WEIGHTS = "weights"
+
+Figure = bool | int | float | str | None
+Row = dict[str, Figure]
+
+
+class Logger:
+    """Prints rows of figures, writes them to ``metrics.csv`` and ``metrics.jsonl``, and keeps the best weights.
+
+    Arguments:
+        printstr: a format string and the names of the figures that fill it; None prints nothing.
+        dir_name: the run's folder, made if missing; None writes nothing. It must not hold another run.
+        rows: the rows of a run that is continued: the two files are rewritten from them.
+
+    Attributes:
+        rows: list of dicts, oldest first.
+        best: the row with the best figure so far, None before there is one.
+
+    Raises:
+        ArgumentError: the folder already holds a run (nothing is overwritten).
+        CheckpointError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> logger = Logger(printstr=["batch {}: {:.2f}", "batch", "valid_acc"], dir_name=folder)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> logger.log({"batch": 0, "valid_acc": torch.tensor(0.5)}, model, "valid_acc")
+        batch 0: 0.50
+        >>> logger.best
+        {'batch': 0, 'valid_acc': 0.5}
+        >>> load_weights(model, folder + "/best")
+    """
+
+    def __init__(
+        self,
+        printstr: Sequence[str] | None = None,
+        dir_name: str | os.PathLike[str] | None = None,
+        *,
+        rows: Iterable[Row] | None = None,
+    ) -> None:
+        if printstr is not None and (isinstance(printstr, str) or not printstr):
+            raise wrong("Logger", "printstr=[format, name, name, …]", repr(printstr), "Or leave it out.")
+        self.printstr = printstr
+        self.folder = None if dir_name is None else Path(dir_name)
+        self.rows: list[Row] = list(rows or ())
+        self.best: Row | None = None
+        if self.folder is not None:
+            if rows is None:
+                refuse_run("Logger", self.folder, "Choose another dir_name, or move that run away.")
+            write_rows(self.folder, self.rows)
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        model: nn.Module | None = None,
+        metric: str | None = None,
+        *,
+        lower: bool | None = None,
+    ) -> None:
+        """Append one row, and save the model to ``dir_name/best`` when its `metric` is the best so far.
+
+        Arguments:
+            values: numbers by name; a tensor of one element is read. Every row has the first one's names.
+            model: whose weights are kept; None keeps none.
+            metric: the name in `values` that decides; NaN and None never win, the first of equals stays.
+            lower: whether a smaller figure is better; by default where "loss" is part of the name.
+
+        Raises:
+            ArgumentError: a value is no number, a name is missing, or the names changed.
+            CheckpointError: the folder cannot be written.
+        """
+        row = {name: _plain(name, value) for name, value in values.items()}
+        if self.rows and row.keys() != self.rows[0].keys():
+            names = ", ".join(self.rows[0])
+            raise wrong("Logger", f"the first row's names ({names})", ", ".join(row), "Give None for what is missing.")
+        line = self._line(row)
+        better = metric is not None and self.judge(row, metric, lower)
+        if better and model is not None and self.folder is not None:
+            save_weights(model, self.folder / BEST, row)
+        self.rows.append(row)
+        if self.folder is not None:
+            _append_row(self.folder, row, first=len(self.rows) == 1)
+        if line is not None:
+            print(line)
+
+    def judge(self, row: Row, metric: str, lower: bool | None = None) -> bool:
+        """Whether a row is better than all before it by `metric`; it is then `best`."""
+        value = _entry(row, metric)
+        if lower is None:
+            lower = "loss" in metric
+        if not isinstance(value, (int, float)) or math.isnan(value):
+            return False
+        held = None if self.best is None else self.best.get(metric)
+        if isinstance(held, (int, float)) and not (value < held if lower else value > held):
+            return False
+        self.best = row
+        return True
+
+    def _line(self, row: Row) -> str | None:
+        if self.printstr is None:
+            return None
+        values = [_entry(row, name) for name in self.printstr[1:]]
+        try:
+            return self.printstr[0].format(*values)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            do = f"Python's format says: {error}."
+            raise wrong("Logger", "a format string for " + ", ".join(self.printstr[1:]), self.printstr[0], do) from error
+
+
+def refuse_run(who: str, folder: Path, do: str) -> None:
+    """Raise when a folder holds a run: nothing is ever overwritten."""
+    held = [name for name in (BEST, LAST) if _store.exists(folder / name)]
+    held += [name for name in (CSV, JSONL) if (folder / name).is_file() and (folder / name).stat().st_size]
+    if held:
+        raise wrong(who, f"a folder without a run in '{folder}'", f"one with {held[0]}", do)
+
+
+def save_weights(model: nn.Module, folder: Path, row: Row) -> None:
+    """Write a model's weights: by its own ``save_pretrained`` where it has one, else tensors by name."""
+    own = getattr(model, "save_pretrained", None)
+    if callable(own):
+        own(folder)
+        return
+    tensors, rest = weights_of(model)
+    meta = {"kind": WEIGHTS, "model": type(model).__qualname__, "extra": rest, "row": _strict(row)}
+    _store.save(folder, tensors, meta)
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load the weights in ``dirname/best`` or ``dirname/last`` of a run into a model built as that one was.
+
+    Arguments:
+        model: changed in place.
+        folder: a checkpoint folder of `train`, `Logger`, or a model's own ``save_pretrained``.
+
+    Raises:
+        CheckpointError: no whole checkpoint there.
+        ArgumentError: the checkpoint of another model.
+    """
+    tensors, meta = _store.load(folder)
+    if meta.get("kind") == "training":
+        tensors = {
+            name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
+        }
+    check_weights("load_weights", model, tensors)
+    set_weights(model, tensors, meta.get("extra", {}))
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Rewrite both files, each atomically."""
+    names = list(rows[0]) if rows else []
+    _store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
+    _store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
+
+
+def _append_row(folder: Path, row: Row, first: bool) -> None:
+    head = _csv(list(row)) if first else ""
+    for name, text in ((CSV, head + _csv(_cells(row))), (JSONL, _json(row))):
+        with _store.writing(folder), open(folder / name, "ab", buffering=0) as file:
+            size, rest = file.tell(), text.encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(size)  # a full disk leaves no half line
+                raise
+
+
+def _cells(row: Row) -> list[Any]:
+    return ["" if value is None else value for value in row.values()]
+
+
+def _csv(cells: list[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _json(row: Row) -> str:
+    return json.dumps(_strict(row), allow_nan=False) + "\n"
+
+
+def _strict(row: Row) -> Row:
+    # JSON has no NaN and no infinity.
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+
+
+def _entry(row: Row, name: str) -> Figure:
+    if name not in row:
+        raise wrong("Logger", f"'{name}' among the values", ", ".join(row) or "none", "Add it, or name another.")
+    return row[name]
+
+
+def _plain(name: str, value: Any) -> Figure:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().item()
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise wrong("Logger", f"'{name}' to be one number", got, "Reduce it first.")

@@ -1,0 +1,147 @@
+"""What is measured over the batches of an epoch, read from the device only now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import ArgumentError, wrong
+from ..solution import Monitor
+
+Metric = Callable[[Any, Tensor], Tensor]
+
+
+class NonFiniteLossError(ArgumentError):
+    """The loss became NaN or infinite; the last checkpoint is what it was."""
+
+
+class Meter:
+    """Sums loss, score and solver steps while it is open.
+
+    Reading a tensor waits for the device. So batches are kept as they come and read together in `read`; only on
+    the CPU, where reading costs nothing, is every loss looked at before its step is taken.
+
+    Arguments:
+        who: the caller, for its errors.
+        where: what is measured, such as "epoch 3", for the error of a non-finite loss; None lets it pass.
+        metric: ``metric(pred, target)`` of shape (batch,), larger is better; None means accuracy for classes.
+        advice: what to do about a non-finite loss.
+    """
+
+    def __init__(self, who: str, where: str | None, metric: Metric | None = None, advice: str = "") -> None:
+        self._who, self._where, self._metric, self._advice = who, where, metric, advice
+        self._monitor = Monitor()
+        self._losses: list[tuple[Tensor, int]] = []
+        self._scores: list[tuple[Tensor, int]] = []
+        self._batches = 0
+        self._loss = self._score = 0.0
+        self.samples = self._scored = 0
+        # forward and backward: [evaluations, solves of one sample, of which missed the tolerance]
+        self._forward, self._backward = [0, 0, 0], [0, 0, 0]
+
+    def __enter__(self) -> Meter:
+        self._monitor.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._monitor.__exit__(kind, error, trace)
+
+    def add(self, loss: Tensor, pred: Any, target: Any) -> None:
+        """One batch: its mean loss, and its score where there is one."""
+        if not isinstance(target, Tensor) or target.ndim == 0:
+            raise wrong(self._who, "batches (input, target), target a tensor with a row per sample", repr(target))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise wrong(self._who, "loss_fn(pred, target) to be one number", got, "Average it over the batch.")
+        self._losses.append((loss.detach().reshape(()), len(target)))
+        score = _hits(pred, target) if self._metric is None else self._checked_score(pred, target)
+        if score is not None:
+            self._scores.append((score.detach().sum(), len(target)))
+        if loss.device.type == "cpu":
+            self._read_losses()
+
+    def read(self) -> None:
+        """Take in what has come since the last time."""
+        self._read_losses()
+        self._read_scores()
+        _drain(self._monitor.forward, self._forward)
+        _drain(self._monitor.backward, self._backward)
+
+    def sums(self) -> list[float]:
+        """All that is summed, so that it can be summed over processes too; `figures` reads it."""
+        self.read()
+        return [self._loss, self.samples, self._score, self._scored, *self._forward, *self._backward]
+
+    def _read_losses(self) -> None:
+        if not self._losses:
+            return
+        values = torch.stack([loss for loss, _ in self._losses]).tolist()
+        for value, (_, n) in zip(values, self._losses, strict=True):
+            self._batches += 1
+            if not math.isfinite(value) and self._where is not None:
+                batch = f"{value} in batch {self._batches} of {self._where}"
+                raise NonFiniteLossError(str(wrong(self._who, "a finite loss", batch, self._advice)))
+            # One by one in Python: the same sum whenever, and in however many pieces, it is read.
+            self._loss += value * n
+            self.samples += n
+        self._losses.clear()
+
+    def _read_scores(self) -> None:
+        if self._scores:
+            totals = torch.stack([total for total, _ in self._scores]).tolist()
+            for total, (_, n) in zip(totals, self._scores, strict=True):
+                self._score += total
+                self._scored += n
+            self._scores.clear()
+
+    def _checked_score(self, pred: Any, target: Tensor) -> Tensor:
+        assert self._metric is not None
+        score = self._metric(pred, target)
+        if not isinstance(score, Tensor) or score.shape != target.shape[:1]:
+            got = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise wrong(
+                self._who, f"metric(pred, target) of shape ({len(target)},)", got, "Give one value per sample."
+            )
+        return score
+
+
+def figures(sums: list[float]) -> dict[str, float | None]:
+    """Means from `Meter.sums`; None where there was nothing to take a mean of."""
+    loss, samples, score, scored, f_steps, f_solves, f_missed, b_steps, b_solves, b_missed = sums
+    return {
+        "loss": _mean(loss, samples),
+        "acc": _mean(score, scored),
+        "forward_steps": _mean(f_steps, f_solves),
+        "backward_steps": _mean(b_steps, b_solves),
+        "missed": _mean(f_missed + b_missed, f_solves + b_solves),
+    }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _hits(pred: Any, target: Tensor) -> Tensor | None:
+    """Whether each sample was classified right; None when the targets are not classes."""
+    integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if not integer or target.ndim != 1 or not isinstance(pred, Tensor) or pred.shape[:-1] != target.shape:
+        return None
+    return pred.detach().argmax(1) == target
+
+
+def _drain(reports: list[tuple[Tensor, Tensor]], into: list[int]) -> None:
+    """Add up a monitor's reports and let them go: an epoch of them is not kept."""
+    if reports:
+        steps = torch.cat([steps.reshape(-1) for steps, _ in reports])
+        converged = torch.cat([converged.reshape(-1) for _, converged in reports])
+        reports.clear()
+        into[0] += int(steps.sum())
+        into[1] += steps.numel()
+        into[2] += int((~converged).sum())
