@@ -4,6 +4,14 @@ from .activations import Activation
 from .adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from .equilibrium import Equilibrium, LowRankEquilibrium
 from .fixed_point import fixed_point, root
+from .nn import (
+    ImplicitFunction,
+    ImplicitFunctionInf,
+    ImplicitFunctionTriu,
+    ImplicitModel,
+    ImplicitRNN,
+    ImplicitRNNCell,
+)
 from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Solution
 from .solvers import Anderson, Auto, Picard, Solver, Substitution
 
@@ -16,7 +24,13 @@ __all__ = [
     "ConvergenceError",
     "Equilibrium",
     "ImplicitAdjoint",
+    "ImplicitFunction",
+    "ImplicitFunctionInf",
+    "ImplicitFunctionTriu",
     "ImplicitFunctionWarning",
+    "ImplicitModel",
+    "ImplicitRNN",
+    "ImplicitRNNCell",
     "LowRankEquilibrium",
     "Monitor",
     "PhantomGradient",

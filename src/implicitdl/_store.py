@@ -5,12 +5,12 @@ A checkpoint is the folder that users of ``save_pretrained`` know::
     folder/model.safetensors    the tensors
     folder/config.json          everything else, and the SHA-256 of model.safetensors
 
-Two files cannot be renamed in one step, and a rename over a folder that is not empty is refused. So both files
-are first written next to their places (``*.new``) and brought to the disk, and then renamed, the tensors first.
-That first rename is the commit. Before it, ``config.json`` is the one whose digest fits the tensors; after it,
-``config.json.new`` is, until the second rename puts it in its place. Whoever reads takes the one that fits, so at
-any moment (a kill -9, a power cut) the folder holds either the old checkpoint or the new one, whole, and a pair
-that comes from two different saves is found out.
+Two files cannot be renamed in one step, and a rename over a folder that is not empty is refused. So both
+files are first written next to their places (``*.new``) and brought to the disk, and then renamed, the
+tensors first. That first rename is the commit. Before it, ``config.json`` is the one whose digest fits the
+tensors; after it, ``config.json.new`` is, until the second rename puts it in its place. Whoever reads takes
+the one that fits, so at any moment (a kill -9, a power cut) the folder holds either the old checkpoint or the
+new one, whole, and a pair that comes from two different saves is found out.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def save(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Ma
     Arguments:
         folder: where; made if it is missing. Other files in it are left alone.
         tensors: by name; dense, any shape, dtype and device. Tied tensors are written once each.
-        meta: what JSON can hold; ``meta["kind"]`` says what the checkpoint is. "format" and "sha256" are taken.
+        meta: what JSON can hold; ``meta["kind"]`` says what it is, "format" and "sha256" are taken.
 
     Raises:
-        CheckpointError: the folder cannot be written, or the disk is full; what was saved before is unchanged.
+        CheckpointError: the folder cannot be written, the disk is full; what was there before stays.
 
     Example:
         >>> import tempfile, torch
@@ -98,8 +98,8 @@ def load(folder: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[
         ``(tensors, meta)``: the tensors by name on the CPU, and what `save` was given beside them.
 
     Raises:
-        CheckpointError: no checkpoint there, a damaged one, two files that do not belong together, a pickle, or
-            a checkpoint of another kind.
+        CheckpointError: no checkpoint there, a damaged one, two files that do not belong together, a pickle,
+            or a checkpoint of another kind.
     """
     folder = Path(folder)
     _refuse_what_is_no_checkpoint(folder)
@@ -149,7 +149,11 @@ def _words_for(error: OSError) -> tuple[str, str, str]:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "a folder that can be written", got, "Change its permissions or choose another folder."
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return "a folder, or a path where one can be made", got, "A file is in the way: choose another folder."
+        return (
+            "a folder, or a path where one can be made",
+            got,
+            "A file is in the way: choose another folder.",
+        )
     return "a folder that can be written", got, "What was saved there before is unchanged."
 
 
@@ -161,7 +165,9 @@ def _serialise(folder: Path, tensors: Mapping[str, Tensor]) -> bytes:
     plain = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            raise _wrong(folder, "dense tensors", f"'{name}' of {tensor.layout} on {tensor.device}", "Densify it.")
+            raise _wrong(
+                folder, "dense tensors", f"'{name}' of {tensor.layout} on {tensor.device}", "Densify it."
+            )
         # safetensors refuses two names for one memory, which is what tied weights are: each gets its own.
         plain[name] = tensor.detach().to("cpu", copy=True).contiguous()
     try:
@@ -169,7 +175,9 @@ def _serialise(folder: Path, tensors: Mapping[str, Tensor]) -> bytes:
         return safetensors.torch.save(plain)
     except (KeyError, ValueError, SafetensorError) as error:
         dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in plain.values()}))
-        raise _wrong(folder, "dtypes that safetensors knows", dtypes, "Cast the others before saving.") from error
+        raise _wrong(
+            folder, "dtypes that safetensors knows", dtypes, "Cast the others before saving."
+        ) from error
 
 
 def _config(folder: Path, meta: Mapping[str, Any], digest: str) -> bytes:
@@ -178,7 +186,9 @@ def _config(folder: Path, meta: Mapping[str, Any], digest: str) -> bytes:
     try:
         text = json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _wrong(folder, "settings that JSON can hold", str(error), "Use numbers, text and lists.") from error
+        raise _wrong(
+            folder, "settings that JSON can hold", str(error), "Use numbers, text and lists."
+        ) from error
     return (text + "\n").encode()
 
 
@@ -216,7 +226,10 @@ def _finish_interrupted(folder: Path) -> None:
     fresh = _fresh(folder / CONFIG)
     if fresh.is_file() and exists(folder):
         entries = _entries(fresh)
-        if entries is not None and entries.get("sha256") == hashlib.sha256(_read(folder / TENSORS)).hexdigest():
+        if (
+            entries is not None
+            and entries.get("sha256") == hashlib.sha256(_read(folder / TENSORS)).hexdigest()
+        ):
             os.replace(fresh, folder / CONFIG)
             _sync(folder)
 
@@ -225,7 +238,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise _wrong(path.parent, f"the file {path.name}", "none", "Save it again, or copy it whole.") from error
+        raise _wrong(
+            path.parent, f"the file {path.name}", "none", "Save it again, or copy it whole."
+        ) from error
     except OSError as error:
         raise _wrong(path.parent, f"a readable {path.name}", f"{error.strerror or error}", "") from error
 
@@ -248,7 +263,8 @@ def _refuse_what_is_no_checkpoint(folder: Path) -> None:
 
 
 def _is_pickle(path: Path) -> bool:
-    # torch.save writes a zip, its older form and pickle.dump a PROTO opcode; safetensors' header opens at byte 8.
+    # torch.save writes a zip, its older form and pickle.dump a PROTO opcode; safetensors' header opens at
+    # byte 8.
     with path.open("rb") as file:
         head = file.read(9)
     return head[8:9] != b"{" and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80")
@@ -298,7 +314,11 @@ def _why_no_config_fits(folder: Path, digest: str) -> tuple[str, str, str]:
         return f"{CONFIG} beside {TENSORS}", "none", "Copy both files of one checkpoint."
     entries = _entries(folder / CONFIG)
     if entries is None:
-        return f"a whole {CONFIG}", "text that is no JSON object", "It is truncated or damaged: copy it again."
+        return (
+            f"a whole {CONFIG}",
+            "text that is no JSON object",
+            "It is truncated or damaged: copy it again.",
+        )
     written = entries.get("sha256")
     if written is None:
         return (

@@ -129,3 +129,30 @@ BUILTIN: dict[str, Activation] = {
 
 def _builtin(name: str) -> Activation:
     return BUILTIN[name]
+
+
+_BY_FUNCTION: dict[object, Activation] = {
+    torch.relu: RELU, F.relu: RELU, F.leaky_relu: LEAKY_RELU, torch.tanh: TANH, F.tanh: TANH,
+    torch.sigmoid: SIGMOID, F.sigmoid: SIGMOID, F.hardtanh: HARDTANH, F.softplus: SOFTPLUS, F.elu: ELU,
+    F.silu: SILU, F.gelu: GELU,
+}  # fmt: skip
+
+
+def from_function(phi: Elementwise, dphi: Elementwise | None = None, *, name: str | None = None) -> Activation:
+    """The Activation of a function: the built-in record for torch's own, otherwise with its slope bounded numerically.
+
+    Arguments:
+        phi: elementwise φ.
+        dphi: its derivative; by autograd when left out.
+        name: how to call it; the function's own name when left out.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.activations import TANH, from_function
+        >>> from_function(torch.tanh) is TANH
+        True
+    """
+    if dphi is None and phi in _BY_FUNCTION:
+        return _BY_FUNCTION[phi]
+    name = name or getattr(phi, "__qualname__", type(phi).__name__)
+    return bounded_numerically(name, phi, derivative_of(phi) if dphi is None else dphi)

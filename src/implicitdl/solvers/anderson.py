@@ -18,8 +18,8 @@ class _History(NamedTuple):
     dF: Tensor  # (batch, memory, d)  differences of f, so that the next iterate is one product
     gram: Tensor  # (batch, memory, memory)  dR dRᵀ, one row renewed a step
     valid: Tensor  # (batch, memory)  which slots hold a difference
-    r: Tensor  # (batch, d)  the last residual
-    fx: Tensor  # (batch, d)  the last f(x)
+    r: Tensor  # (batch, d)  the last residual, from step 1 on
+    fx: Tensor  # (batch, d)  the last f(x), likewise
     best: Tensor  # (batch,)  smallest ‖r‖ since the last restart
     step: int
 
@@ -68,8 +68,8 @@ class Anderson(Solver):
             dF=x.new_zeros(batch, m, d, dtype=kept),
             gram=x.new_zeros(batch, m, m, dtype=kept),
             valid=x.new_zeros(batch, m, dtype=torch.bool),
-            r=x.new_empty(0),
-            fx=x.new_empty(0),
+            r=x,
+            fx=x,
             best=x.new_full((batch,), float("inf"), dtype=kept),
             step=0,
         )

@@ -1,0 +1,111 @@
+"""The ∞-norm ball ‖A‖∞ ≤ κ / max|φ'|, whose rows are independent ℓ1 balls: three maps onto it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Constraint
+
+
+class RowScaling(Constraint):
+    """a_i = v_i min(1, r/‖v_i‖₁), r = κ / max|φ'|: rows outside the ball are shrunk onto it, the others untouched.
+
+    Every entry of a scaled row keeps a gradient, which is why this is the default (`benchmarks/constraints.py`).
+
+    Source: THEORY §1.3 and §4.1; the vector-Jacobian product s(g − sign(v) (aᵀg)/r) is what autograd returns.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.constraints import RowScaling
+        >>> RowScaling(kappa=0.5)(torch.tensor([[1.0, -1.0], [0.1, 0.2]]))
+        tensor([[ 0.2500, -0.2500],
+                [ 0.1000,  0.2000]])
+    """
+
+    def forward(self, raw: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(raw, ord=1, dim=-1, keepdim=True)
+        if not bool((size > self.radius).any()):
+            return raw
+        return raw * (self.radius / size.clamp(min=self.radius))
+
+    def right_inverse(self, A: Tensor) -> Tensor:
+        return self._member(A)
+
+    def contains(self, A: Tensor) -> bool:
+        return self._in_ball(A)
+
+
+class RowProjection(Constraint):
+    """The nearest matrix of the ball: every row outside it is projected onto the ℓ1 ball, which makes it sparse.
+
+    An entry that the projection sets to zero gets no gradient and stays zero until the row shrinks.
+
+    Source: Duchi et al., Efficient projections onto the ℓ1-ball (2008); the threshold θ by Newton's method on the
+    piecewise linear Σ(|v| − θ)₊ = r (Michelot 1986), all rows at once.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.constraints import RowProjection
+        >>> RowProjection(kappa=0.5)(torch.tensor([[1.0, -0.8], [0.1, 0.2]]))
+        tensor([[ 0.3500, -0.1500],
+                [ 0.1000,  0.2000]])
+    """
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return project_l1(raw, self.radius)
+
+    def right_inverse(self, A: Tensor) -> Tensor:
+        return self._member(A)
+
+    def contains(self, A: Tensor) -> bool:
+        return self._in_ball(A)
+
+
+class SoftRowScaling(Constraint):
+    """a_i = r t_i / (1 + ‖t_i‖₁): smooth in every row norm, onto the open ball; the weights are never left alone.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.constraints import SoftRowScaling
+        >>> SoftRowScaling(kappa=0.5)(torch.tensor([[1.0, -1.0], [0.0, 0.25]]))
+        tensor([[ 0.1667, -0.1667],
+                [ 0.0000,  0.1000]])
+    """
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw * (self.radius / (1 + raw.abs().sum(dim=-1, keepdim=True)))
+
+    def right_inverse(self, A: Tensor) -> Tensor:
+        # ‖a‖ = r‖t‖/(1 + ‖t‖), so t = a / (r − ‖a‖); a row on the sphere itself has no preimage.
+        room = self.radius - self._member(A).abs().sum(dim=-1, keepdim=True)
+        return A / room.clamp(min=self.radius * torch.finfo(A.dtype).eps)
+
+    def contains(self, A: Tensor) -> bool:
+        return self._in_ball(A)
+
+
+def project_l1(v: Tensor, radius: float) -> Tensor:
+    """Each row's nearest point of the ℓ1 ball; differentiable, a row inside or on the ball is itself."""
+    size = v.detach().abs()
+    outside = size.sum(dim=-1, keepdim=True) > radius
+    if not bool(outside.any()):
+        return v
+    support = _support(size, radius)
+    # With the support fixed, θ is the mean excess over it, and autograd through this line is the exact derivative.
+    theta = ((v.abs() * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
+    return torch.where(outside, v.sign() * (v.abs() - theta).clamp(min=0), v)
+
+
+def _support(size: Tensor, radius: float) -> Tensor:
+    """Which entries of each row survive; monotone, hence at most n passes, two or three near the ball."""
+    support = torch.ones_like(size)
+    count = size.shape[-1]
+    while True:
+        theta = ((size * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
+        support = (size > theta.clamp(min=0)).to(size.dtype)
+        # A row inside the ball has θ ≤ 0 and keeps all that is not zero; one of zeros has nothing to keep.
+        support = torch.where(support.any(dim=-1, keepdim=True), support, 1.0)
+        if (remaining := int(support.sum())) == count:
+            return support
+        count = remaining

@@ -1,0 +1,240 @@
+"""ImplicitModel: x = φ(Ax + Bu + b_x), y = Cx + Du + b_y, as a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks
+from .._checks import wrong
+from ..activations import Activation
+from ..adjoints import Adjoint
+from ..constraints import Constraint, LowRank
+from ..equilibrium import Equilibrium, LowRankEquilibrium
+from ..fixed_point import fixed_point
+from ..solution import OnFailure, Solution
+from ..solvers import Solver
+from . import pretrained, settings
+from .function import ImplicitFunction, ImplicitFunctionInf
+
+# What the free parameters become once a forward pass: A itself, or its factors.
+Weights = tuple[Tensor] | tuple[Tensor, Tensor]
+
+
+class ImplicitModel(nn.Module):
+    """The implicit model x = φ(Ax + Bu + b_x), y = Cx + Du + b_y.
+
+    Rows are samples everywhere.  The parameters A, B, C, D are free; the constraint turns A (or L and R) into a
+    well-posed one once a forward pass, and gradients go through it to the free parameters.
+
+    Arguments:
+        input_dim: p, features of the input.
+        output_dim: q, features of the output.
+        hidden_dim: n, size of the state.
+        f: an `ImplicitFunction` subclass, which gives φ, the constraint and defaults of the settings below.
+        no_D: leave out the direct term Du.
+        bias: have b_x and b_y.
+        mitr, grad_mitr: most steps of the forward and of the gradient solve; 300.
+        tol, grad_tol: their relative tolerances; 1e-5 in float32, 1e-10 in float64.
+        kappa: κ in (0, 1): ‖A‖∞ ≤ κ / max|φ'|; 0.99.
+        is_low_rank: A = LRᵀ, never formed, with L and R of shape (n, rank).
+        rank: r.
+        activation: φ as an `Activation`; instead of ``f``'s.
+        constraint: a `Constraint` class or object; instead of ``f``'s.
+        solver: forward solver; `Auto()`.
+        adjoint: how to differentiate; exact, `ImplicitAdjoint()`.
+        on_failure: what an unconverged sample causes: "warn", "raise" or "ignore".
+        device, dtype: of the parameters.
+
+    A setting given here comes before the class attribute of ``f``, and that before the default.
+
+    Raises:
+        ArgumentError: a size, κ, rank or setting that does not fit; at forward, an input that does not.
+
+    Source: El Ghaoui, Gu, Travacca, Askari & Tsai, Implicit Deep Learning, SIAM J. Math. Data Sci. 3 (2021).
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import ImplicitModel
+        >>> model = ImplicitModel(input_dim=64, output_dim=10, hidden_dim=128)
+        >>> model(torch.randn(5, 64)).shape
+        torch.Size([5, 10])
+        >>> bool(model.solve(torch.randn(5, 64)).converged.all())
+        True
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden_dim: int,
+        f: type[ImplicitFunction] = ImplicitFunctionInf,
+        no_D: bool = False,
+        bias: bool = False,
+        mitr: int | None = None,
+        grad_mitr: int | None = None,
+        tol: float | None = None,
+        grad_tol: float | None = None,
+        kappa: float | None = None,
+        is_low_rank: bool = False,
+        rank: int | None = None,
+        *,
+        activation: Activation | None = None,
+        constraint: type[Constraint] | Constraint | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        who = "ImplicitModel"
+        if not (isinstance(f, type) and issubclass(f, ImplicitFunction)):
+            raise wrong(who, "f to be a subclass of ImplicitFunction", repr(f))
+        self.input_dim = _checks.positive_int(who, "input_dim", input_dim)
+        self.output_dim = _checks.positive_int(who, "output_dim", output_dim)
+        self.hidden_dim = _checks.positive_int(who, "hidden_dim", hidden_dim)
+        self.no_D, self.bias, self.is_low_rank = bool(no_D), bool(bias), bool(is_low_rank)
+        self.rank = settings.rank(is_low_rank, rank, hidden_dim)
+        self.f = f
+        self.activation = settings.activation(f, activation)
+        self.kappa = settings.kappa(f, kappa)
+        self.constraint = settings.constraint(f, constraint, self.kappa, self.activation, is_low_rank)
+        self.solver = settings.solver(f, solver, tol, mitr)
+        self.adjoint = settings.adjoint(f, adjoint, grad_tol, grad_mitr)
+        _checks.choice(who, "on_failure", on_failure, ("raise", "warn", "ignore"))
+        self.on_failure = on_failure
+        self._create_parameters(device, dtype)
+
+    def _create_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Normal / n, in the order A (or L, R), B, C, D, with biases as the last column of B and D: as the seeds."""
+        n, p, q = self.hidden_dim, self.input_dim, self.output_dim
+
+        def draw(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, device=device, dtype=dtype) / n
+
+        if self.rank is not None:
+            self.L, self.R = nn.Parameter(draw(n, self.rank)), nn.Parameter(draw(n, self.rank))
+        else:
+            self.A = nn.Parameter(draw(n, n))
+        B = draw(n, p + self.bias)
+        self.B, self.C = nn.Parameter(B[:, :p].contiguous()), nn.Parameter(draw(q, n))
+        b_y = torch.zeros(q, device=device, dtype=dtype)
+        self.D: nn.Parameter | None = None
+        if not self.no_D:
+            D = draw(q, p + self.bias)
+            self.D = nn.Parameter(D[:, :p].contiguous())
+            b_y = D[:, -1].clone()
+        self.b_x = nn.Parameter(B[:, -1].clone()) if self.bias else None
+        self.b_y = nn.Parameter(b_y) if self.bias else None
+        self.register_load_state_dict_pre_hook(pretrained.split_bias_columns)
+
+    def forward(self, U: Tensor, X0: Tensor | None = None) -> Tensor:
+        """The prediction y.
+
+        Arguments:
+            U: input (batch, \\*any) that flattens to (batch, p).
+            X0: where the solve starts, (batch, n); zeros when left out.  The result does not depend on it.
+
+        Returns:
+            (batch, q).
+        """
+        u = self._input(U)
+        x = self._solve(self.weights(), F.linear(u, self.B, self.b_x), X0).value
+        return self.read_out(x, u)  # type: ignore[arg-type]
+
+    def solve(self, U: Tensor, X0: Tensor | None = None, *, trace: bool = False) -> Solution:
+        """The equilibrium state x, (batch, n), with residual, steps and convergence per sample."""
+        u = self._input(U)
+        return self._solve(self.weights(), F.linear(u, self.B, self.b_x), X0, trace=trace)
+
+    def read_out(self, x: Tensor, u: Tensor) -> Tensor:
+        """y = Cx + Du + b_y."""
+        y = F.linear(x, self.C, self.b_y)
+        return y if self.D is None else torch.addmm(y, u, self.D.t())
+
+    def weights(self) -> Weights:
+        """The well-posed A, or its factors (L, R), that belong to the free parameters."""
+        if isinstance(self.constraint, LowRank):
+            return self.constraint.factors(self.L, self.R)
+        return (self.constraint(self.A),)
+
+    def _solve(self, weights: Weights, b: Tensor, X0: Tensor | None, *, trace: bool = False) -> Solution:
+        equilibrium: Equilibrium
+        if len(weights) == 2:
+            equilibrium = LowRankEquilibrium(*weights, b, self.activation)
+        else:
+            equilibrium = Equilibrium(
+                weights[0], b, self.activation, triangular=self.constraint.triangular
+            )
+        x0 = torch.zeros_like(b) if X0 is None else self._state(X0, b)
+        return fixed_point(
+            equilibrium, x0, solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace
+        )
+
+    def _input(self, U: Tensor) -> Tensor:
+        p = self.input_dim
+        if not isinstance(U, Tensor):
+            raise wrong("ImplicitModel", f"u to be a tensor of shape (batch, p={p})", type(U).__name__)
+        u = U.flatten(1) if U.dim() > 2 else U
+        if u.dim() != 2 or u.shape[1] != p or u.shape[0] == 0:
+            features = u.shape[1] if u.dim() == 2 else 0
+            raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), self._advice(features))
+        _checks.same_place("ImplicitModel", "u", u, self.B)
+        _checks.finite("ImplicitModel", "u", u)
+        return u
+
+    def _advice(self, features: int) -> str:
+        if features == 0:
+            return "Give at least one sample, batch first."
+        if features == self.output_dim:
+            return (
+                f"The order is (input_dim, output_dim, hidden_dim), and this model was built with input_dim="
+                f"{self.input_dim}, output_dim={self.output_dim}, hidden_dim={self.hidden_dim}; if that was meant as "
+                f"(n, p, q), write hidden_dim={self.input_dim}, input_dim={self.output_dim}, "
+                f"output_dim={self.hidden_dim}."
+            )
+        return f"Build the model with input_dim={features}, or pass {self.input_dim} features."
+
+    def _state(self, X0: Tensor, b: Tensor) -> Tensor:
+        if X0.shape != b.shape:
+            raise wrong("ImplicitModel", f"X0 of shape (batch={b.shape[0]}, n={b.shape[1]})", tuple(X0.shape))
+        _checks.same_place("ImplicitModel", "X0", X0, self.B)
+        return X0.to(b.dtype)
+
+    def extra_repr(self) -> str:
+        sizes = f"input_dim={self.input_dim}, output_dim={self.output_dim}, hidden_dim={self.hidden_dim}"
+        return sizes + f", f={self.f.__name__}, activation={self.activation.name}, bias={self.bias}"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` to a folder; no pickle, and never half a model."""
+        pretrained.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        f: type[ImplicitFunction] | None = None,
+        *,
+        activation: Activation | None = None,
+        constraint: type[Constraint] | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+    ) -> ImplicitModel:
+        """Read a model that `save_pretrained` wrote.
+
+        Arguments:
+            folder: where it lies.
+            f: the model's own `ImplicitFunction` subclass, when it is not one of the library's; and likewise
+            activation, constraint, solver, adjoint: the user's own.  Given for a library class, they replace it.
+
+        Raises:
+            CheckpointError: nothing there, truncated, of another kind, or a pickle.
+            ArgumentError: the model was saved with a class of the user's that was not given.
+        """
+        return pretrained.load(
+            cls, folder, f=f, activation=activation, constraint=constraint, solver=solver, adjoint=adjoint
+        )
