@@ -112,8 +112,8 @@ class PhantomGradient(Adjoint):
 class Unrolled(Adjoint):
     """Backpropagation through the solver's own iterations: exact for what was computed, at the memory of every step.
 
-    The gradient approaches the exact one as the solve converges, and it is the one adjoint with derivatives of
-    every order.
+    The gradient approaches the exact one as the solve converges.  With Picard so do derivatives of every order; those
+    of an accelerated solver also contain its coefficients, whose second derivatives do not settle.
     """
 
     def solve(

@@ -1,6 +1,6 @@
 """Sets of weights for which the equilibrium exists and is unique, as differentiable maps from free parameters."""
 
-from .base import Constraint, Unconstrained
+from .base import Constraint, Unconstrained, norm_inf
 from .norm import RowProjection, RowScaling, SoftRowScaling
 from .structure import LowRank, StrictlyUpper
 
@@ -12,4 +12,5 @@ __all__ = [
     "SoftRowScaling",
     "StrictlyUpper",
     "Unconstrained",
+    "norm_inf",
 ]

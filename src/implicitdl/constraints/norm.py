@@ -94,7 +94,10 @@ def project_l1(v: Tensor, radius: float) -> Tensor:
     support = _support(size, radius)
     # With the support fixed, θ is the mean excess over it, and autograd through this line is the exact derivative.
     theta = ((v.abs() * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
-    return torch.where(outside, v.sign() * (v.abs() - theta).clamp(min=0), v)
+    projected = v.sign() * (v.abs() - theta).clamp(min=0)
+    # |v| − θ has the rounding of |v|, which may be far larger than the radius; one scaling takes it out of the norm.
+    excess = projected.detach().abs().sum(dim=-1, keepdim=True) / radius
+    return torch.where(outside, projected / excess.clamp(min=1), v)
 
 
 def _support(size: Tensor, radius: float) -> Tensor:

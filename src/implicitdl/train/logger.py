@@ -1,4 +1,4 @@
-"""The record of a run: one row of figures at a time, as CSV and JSON lines, and the best weights by one of them."""
+"""The record of a run: a row of figures at a time, as CSV and JSON lines, and the best weights by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Figure]
 
 
 class Logger:
-    """Prints rows of figures, writes them to ``metrics.csv`` and ``metrics.jsonl``, and keeps the best weights.
+    """Prints rows of figures, writes them to metrics.csv and metrics.jsonl, and keeps the best weights.
 
     Arguments:
         printstr: a format string and the names of the figures that fill it; None prints nothing.
@@ -94,7 +94,9 @@ class Logger:
         row = {name: _plain(name, value) for name, value in values.items()}
         if self.rows and row.keys() != self.rows[0].keys():
             names = ", ".join(self.rows[0])
-            raise wrong("Logger", f"the first row's names ({names})", ", ".join(row), "Give None for what is missing.")
+            raise wrong(
+                "Logger", f"the first row's names ({names})", ", ".join(row), "Give None for what is missing."
+            )
         line = self._line(row)
         better = metric is not None and self.judge(row, metric, lower)
         if better and model is not None and self.folder is not None:
@@ -126,7 +128,9 @@ class Logger:
             return self.printstr[0].format(*values)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             do = f"Python's format says: {error}."
-            raise wrong("Logger", "a format string for " + ", ".join(self.printstr[1:]), self.printstr[0], do) from error
+            raise wrong(
+                "Logger", "a format string for " + ", ".join(self.printstr[1:]), self.printstr[0], do
+            ) from error
 
 
 def refuse_run(who: str, folder: Path, do: str) -> None:
@@ -162,7 +166,9 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors, meta = _store.load(folder)
     if meta.get("kind") == "training":
         tensors = {
-            name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")
+            name.removeprefix("model."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("model.")
         }
     check_weights("load_weights", model, tensors)
     set_weights(model, tensors, meta.get("extra", {}))
@@ -171,7 +177,9 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Rewrite both files, each atomically."""
     names = list(rows[0]) if rows else []
-    _store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
+    _store.write_file(
+        folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode()
+    )
     _store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
 
 
@@ -209,7 +217,9 @@ def _strict(row: Row) -> Row:
 
 def _entry(row: Row, name: str) -> Figure:
     if name not in row:
-        raise wrong("Logger", f"'{name}' among the values", ", ".join(row) or "none", "Add it, or name another.")
+        raise wrong(
+            "Logger", f"'{name}' among the values", ", ".join(row) or "none", "Add it, or name another."
+        )
     return row[name]
 
 

@@ -23,8 +23,8 @@ class NonFiniteLossError(ArgumentError):
 class Meter:
     """Sums loss, score and solver steps while it is open.
 
-    Reading a tensor waits for the device. So batches are kept as they come and read together in `read`; only on
-    the CPU, where reading costs nothing, is every loss looked at before its step is taken.
+    Reading a tensor waits for the device. So figures are kept as they come and read together in `read`; only
+    on the CPU, where reading costs nothing, is every loss looked at before its step is taken.
 
     Arguments:
         who: the caller, for its errors.
@@ -34,13 +34,13 @@ class Meter:
     """
 
     def __init__(self, who: str, where: str | None, metric: Metric | None = None, advice: str = "") -> None:
-        self._who, self._where, self._metric, self._advice = who, where, metric, advice
+        self.who, self._where, self._metric, self._advice = who, where, metric, advice
         self._monitor = Monitor()
         self._losses: list[tuple[Tensor, int]] = []
         self._scores: list[tuple[Tensor, int]] = []
         self._batches = 0
         self._loss = self._score = 0.0
-        self.samples = self._scored = 0
+        self._samples = self._scored = 0
         # forward and backward: [evaluations, solves of one sample, of which missed the tolerance]
         self._forward, self._backward = [0, 0, 0], [0, 0, 0]
 
@@ -56,50 +56,51 @@ class Meter:
     def add(self, loss: Tensor, pred: Any, target: Any) -> None:
         """One batch: its mean loss, and its score where there is one."""
         if not isinstance(target, Tensor) or target.ndim == 0:
-            raise wrong(self._who, "batches (input, target), target a tensor with a row per sample", repr(target))
+            got = "a number" if isinstance(target, Tensor) else f"a {type(target).__name__}"
+            raise wrong(self.who, "targets to be a tensor with a row per sample", got, "Collate them so.")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise wrong(self._who, "loss_fn(pred, target) to be one number", got, "Average it over the batch.")
-        self._losses.append((loss.detach().reshape(()), len(target)))
+            raise wrong(self.who, "loss_fn(pred, target) to be one number", got, "Average it over the batch.")
         score = _hits(pred, target) if self._metric is None else self._checked_score(pred, target)
-        if score is not None:
-            self._scores.append((score.detach().sum(), len(target)))
         if loss.device.type == "cpu":
-            self._read_losses()
+            self._take_loss(loss.item(), len(target))
+            if score is not None:
+                self._take_score(score.sum().item(), len(target))
+        else:
+            self._losses.append((loss.detach().reshape(()), len(target)))
+            if score is not None:
+                self._scores.append((score.detach().sum(), len(target)))
+
+    def check(self) -> None:
+        """Read the losses that were kept, and raise at the first that is not finite."""
+        # One by one in Python: the same sum whenever, and in however many pieces, it is read.
+        for value, n in _together(self._losses):
+            self._take_loss(value, n)
 
     def read(self) -> None:
         """Take in what has come since the last time."""
-        self._read_losses()
-        self._read_scores()
+        self.check()
+        for total, n in _together(self._scores):
+            self._take_score(total, n)
         _drain(self._monitor.forward, self._forward)
         _drain(self._monitor.backward, self._backward)
 
     def sums(self) -> list[float]:
         """All that is summed, so that it can be summed over processes too; `figures` reads it."""
         self.read()
-        return [self._loss, self.samples, self._score, self._scored, *self._forward, *self._backward]
+        return [self._loss, self._samples, self._score, self._scored, *self._forward, *self._backward]
 
-    def _read_losses(self) -> None:
-        if not self._losses:
-            return
-        values = torch.stack([loss for loss, _ in self._losses]).tolist()
-        for value, (_, n) in zip(values, self._losses, strict=True):
-            self._batches += 1
-            if not math.isfinite(value) and self._where is not None:
-                batch = f"{value} in batch {self._batches} of {self._where}"
-                raise NonFiniteLossError(str(wrong(self._who, "a finite loss", batch, self._advice)))
-            # One by one in Python: the same sum whenever, and in however many pieces, it is read.
-            self._loss += value * n
-            self.samples += n
-        self._losses.clear()
+    def _take_loss(self, value: float, n: int) -> None:
+        self._batches += 1
+        if self._where is not None and not math.isfinite(value):
+            batch = f"{value} in batch {self._batches} of {self._where}"
+            raise NonFiniteLossError(str(wrong(self.who, "a finite loss", batch, self._advice)))
+        self._loss += value * n
+        self._samples += n
 
-    def _read_scores(self) -> None:
-        if self._scores:
-            totals = torch.stack([total for total, _ in self._scores]).tolist()
-            for total, (_, n) in zip(totals, self._scores, strict=True):
-                self._score += total
-                self._scored += n
-            self._scores.clear()
+    def _take_score(self, total: float, n: int) -> None:
+        self._score += total
+        self._scored += n
 
     def _checked_score(self, pred: Any, target: Tensor) -> Tensor:
         assert self._metric is not None
@@ -107,7 +108,10 @@ class Meter:
         if not isinstance(score, Tensor) or score.shape != target.shape[:1]:
             got = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise wrong(
-                self._who, f"metric(pred, target) of shape ({len(target)},)", got, "Give one value per sample."
+                self.who,
+                f"metric(pred, target) of shape ({len(target)},)",
+                got,
+                "Give one value per sample.",
             )
         return score
 
@@ -134,6 +138,16 @@ def _hits(pred: Any, target: Tensor) -> Tensor | None:
     if not integer or target.ndim != 1 or not isinstance(pred, Tensor) or pred.shape[:-1] != target.shape:
         return None
     return pred.detach().argmax(1) == target
+
+
+def _together(kept: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:
+    """What was kept, brought from the device at once, and let go."""
+    if not kept:
+        return []
+    values = torch.stack([value for value, _ in kept]).tolist()
+    counts = [n for _, n in kept]
+    kept.clear()
+    return list(zip(values, counts, strict=True))
 
 
 def _drain(reports: list[tuple[Tensor, Tensor]], into: list[int]) -> None:

@@ -29,7 +29,7 @@ class Processes:
         asked = _device(device)
         choice("train", "mixed_precision", precision, (None, "no", "bf16", "fp16"))
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        # Under torchrun on a machine without accelerators accelerate joins the processes only when told "CPU".
+        # Under torchrun without a GPU, accelerate joins the processes only when it is told "CPU".
         cpu = asked.type == "cpu" if asked is not None else several and not torch.cuda.is_available()
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         try:
@@ -60,18 +60,24 @@ class Processes:
         if asked is None:
             return own
         if asked.type != own.type or (self.count > 1 and asked.index not in (None, own.index)):
-            raise wrong("train", f"a device that this process has ({own})", f"'{asked}'", "Leave device=None.")
+            raise wrong(
+                "train", f"a device that this process has ({own})", f"'{asked}'", "Leave device=None."
+            )
         return own if self.count > 1 else asked
 
     def _check(self) -> None:
         kind = self.accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-            raise wrong("train", "data-parallel processes", kind, "Launch with torchrun or plain accelerate launch.")
+            raise wrong(
+                "train", "data-parallel processes", kind, "Launch with torchrun or plain accelerate launch."
+            )
         precision = self.accelerator.mixed_precision
         if precision not in ("no", "bf16", "fp16"):
             raise wrong("train", "mixed precision no, bf16 or fp16", precision, "Launch with another one.")
         if precision == "fp16" and self.device.type == "cpu":
-            raise wrong("train", "an accelerator for mixed_precision='fp16'", "the CPU", "Use 'bf16' on the CPU.")
+            raise wrong(
+                "train", "an accelerator for mixed_precision='fp16'", "the CPU", "Use 'bf16' on the CPU."
+            )
         if self.accelerator.gradient_accumulation_steps != 1:
             steps = self.accelerator.gradient_accumulation_steps
             raise wrong("train", "no gradient accumulation", f"{steps} steps", "Use larger batches instead.")
@@ -79,8 +85,8 @@ class Processes:
     def wrap(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
         """(for training, for validation): both compute in the run's precision, the first averages gradients.
 
-        accelerate changes `forward` of the module it prepares: here a thin one around the user's, which stays as
-        it was. Validation does without DistributedDataParallel: its ranks may have different numbers of batches.
+        accelerate changes `forward` of the module it prepares: here a thin one around the user's, which stays
+        as it was. Validation does without DistributedDataParallel: processes may have fewer batches there.
         """
         alone = _Forward(model)
         return self.accelerator.prepare_model(alone), alone
@@ -93,12 +99,6 @@ class Processes:
             raise wrong("train", "a DataLoader, to share it among processes", type(loader).__name__, "")
         prepare = extra("accelerate.data_loader", "train").prepare_data_loader
         return prepare(loader, num_processes=self.count, process_index=self.rank, even_batches=even)
-
-    def move(self, batch: Any) -> Any:
-        """A batch (tensors in any nesting of lists, tuples and dicts) on the device."""
-        if isinstance(batch, Tensor):
-            return batch.to(self.device, non_blocking=True)
-        return extra("accelerate.utils", "train").send_to_device(batch, self.device, non_blocking=True)
 
     def sum(self, figures: list[float]) -> list[float]:
         """Each figure summed over the processes."""
@@ -140,11 +140,13 @@ class _Forward(nn.Module):
 def processes(device: Device | None, precision: Precision | None) -> Iterator[Processes]:
     """Open accelerate for one run and leave its globals as they were.
 
-    accelerate keeps device and precision in process-wide singletons that refuse to change: without this, a second
-    run in bf16, or a run after the user's own Accelerator, would fail.
+    accelerate keeps device and precision in process-wide singletons that refuse to change: without this, a
+    second run in bf16, or a run after the user's own Accelerator, would fail.
     """
     state = extra("accelerate.state", "train")
-    shared = [kind._shared_state for kind in (state.PartialState, state.AcceleratorState, state.GradientState)]
+    shared = [
+        kind._shared_state for kind in (state.PartialState, state.AcceleratorState, state.GradientState)
+    ]
     before = [dict(values) for values in shared]
     for values in shared:
         values.clear()
@@ -156,11 +158,21 @@ def processes(device: Device | None, precision: Precision | None) -> Iterator[Pr
             values.update(old)
 
 
+def move(batch: Any, device: torch.device) -> Any:
+    """A batch (tensors in any nesting of lists, tuples and dicts) on the device."""
+    ahead = device.type == "cuda"  # towards the CPU it would be read before it is there
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=ahead)
+    return extra("accelerate.utils", "train").send_to_device(batch, device, non_blocking=ahead)
+
+
 def _device(device: Device | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise wrong("train", "a device such as 'cpu' or 'cuda:0'", repr(device), "Or leave device=None.") from error
+        raise wrong(
+            "train", "a device such as 'cpu' or 'cuda:0'", repr(device), "Or leave device=None."
+        ) from error
 
 
 def _leave_group() -> None:
@@ -177,7 +189,11 @@ def draw_seed() -> int:
 def borrowed_streams(device: torch.device) -> Iterator[None]:
     """Reseed the global random streams at will inside; afterwards they are where they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    cuda = (
+        [device.index if device.index is not None else torch.cuda.current_device()]
+        if device.type == "cuda"
+        else []
+    )
     with torch.random.fork_rng(devices=cuda):
         try:
             yield
@@ -189,8 +205,8 @@ def borrowed_streams(device: torch.device) -> Iterator[None]:
 def epoch_batches(loader: Iterable[Any], seed: int, epoch: int, rank: int) -> Iterator[Any]:
     """The batches of one epoch, in the order that (seed, epoch) decides, whatever happened before.
 
-    The streams from which a loader draws its order are the same in all processes, or their shares would overlap.
-    The order is drawn with the first batch; after it, dropout is each process's own.
+    The streams from which a loader draws its order are the same in all processes, or their shares would
+    overlap. The order is drawn with the first batch; after it, dropout is each process's own.
     """
     _seed_loader(loader, _mix(seed, epoch), epoch)
     _seed_streams(_mix(seed, epoch))

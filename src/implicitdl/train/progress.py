@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,7 @@ class Clock:
 
 
 class Bar:
-    """A rich progress bar of the running epoch; where there is no terminal, only one line per finished epoch."""
+    """A rich bar of the running epoch; where there is no terminal, only one line per finished epoch."""
 
     def __init__(self, epochs: int, shown: bool) -> None:
         self._epochs = epochs
@@ -69,7 +69,7 @@ class Bar:
                 self._progress.remove_task(task)
             self._progress.add_task(f"epoch {epoch}/{self._epochs}", total=batches, figures="")
 
-    def show(self, batches: int, row: Row) -> None:
+    def show(self, batches: int, row: Mapping[str, Any]) -> None:
         if self._progress is not None:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=batches, figures=_words(row), refresh=True)
@@ -79,7 +79,7 @@ class Bar:
             self._progress.console.print(f"epoch {row['epoch']}/{self._epochs}  {_words(row)}")
 
 
-def _words(row: Row) -> str:
+def _words(row: Mapping[str, Any]) -> str:
     """The figures that are there, in one line."""
     forms = {
         "loss": "loss {:.4f}",
@@ -96,23 +96,27 @@ def _words(row: Row) -> str:
 class Board:
     """TensorBoard's curves of the rows, where it is installed."""
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, folder: Path | None, done: int) -> None:
         self._writer: Any = None
-        if importlib.util.find_spec("tensorboard") is not None:
+        if folder is not None and importlib.util.find_spec("tensorboard") is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what its own imports deprecate is not our user's business
                 writer = extra("torch.utils.tensorboard", "train").SummaryWriter
             # Curves of epochs that a killed run began and this one does again are dropped.
             self._writer = writer(str(folder / "tensorboard"), purge_step=done + 1)
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def __enter__(self) -> Board:
+        return self
+
+    def add(self, row: Row) -> None:
         if self._writer is not None:
-            for row in rows:
-                for name, value in row.items():
-                    if name != "epoch" and isinstance(value, (int, float)):
-                        self._writer.add_scalar(name, value, row["epoch"])
+            for name, value in row.items():
+                if name != "epoch" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, row["epoch"])
             self._writer.flush()
 
-    def close(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import _store
 from .._checks import wrong
-from .logger import CSV, JSONL, LAST, Row, refuse_run
+from .logger import LAST, Row, refuse_run
 from .state import check_weights, pack, set_weights, unpack, weights_of
 
 KIND = "training"
@@ -82,7 +82,10 @@ class Run:
             raise wrong(who, f"seed={meta['seed']}", str(seed), "Leave the seed out, or start another run.")
         if epochs < meta["epoch"]:
             raise wrong(
-                who, f"epochs ≥ {meta['epoch']}, which are done", str(epochs), "Its weights are in 'last' and 'best'."
+                who,
+                f"epochs ≥ {meta['epoch']}, which are done",
+                str(epochs),
+                "Its weights are in 'last' and 'best'.",
             )
 
     def _parts(self) -> dict[str, Any]:
@@ -90,7 +93,12 @@ class Run:
         return {name: part for name, part in parts.items() if part is not None}
 
     def _classes(self) -> dict[str, str | None]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+        }
         return {name: None if part is None else type(part).__qualname__ for name, part in parts.items()}
 
     def _groups(self) -> list[list[str]]:
@@ -100,7 +108,7 @@ class Run:
 
 
 def run_folder(dirname: str | os.PathLike[str], resume: bool) -> tuple[Path, bool]:
-    """The folder of a run, and whether there is a checkpoint to go on from; raises where a run would be lost."""
+    """The folder of a run, and whether it has a checkpoint to go on from; raises where one would be lost."""
     if not isinstance(dirname, (str, os.PathLike)) or not os.fspath(dirname):
         raise wrong("train", "dirname to be a path", repr(dirname), "Name the folder of this run.")
     folder = Path(dirname)

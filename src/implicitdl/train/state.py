@@ -1,4 +1,4 @@
-"""State dictionaries as named tensors plus JSON: what an optimiser, a scheduler or a module asks to be kept."""
+"""State dictionaries as named tensors plus JSON: what an optimiser, a scheduler or a module keeps."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ _TAGS = {_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER}
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of `value`; its tensors are put into `tensors` under their path, and named in the JSON.
+    """What JSON can hold of `value`; its tensors go into `tensors` under their path, named in the JSON.
 
     Arguments:
         value: a tensor, number, text, None, or a list, tuple, dict or Counter of such, nested.
-        path: the name of `value`, such as "optimizer"; its tensors are named "optimizer.state.0.exp_avg" and so on.
+        path: the name of `value`, such as "optimizer"; its tensors are named "optimizer.state.0.exp_avg" and
+            so on.
         tensors: filled.
 
     Returns:
         The JSON value, from which `unpack` makes an equal one.
 
     Raises:
-        ArgumentError: something in it is of another kind (a function, an object), which only a pickle could keep.
+        ArgumentError: something in it is of another kind (a function, an object), which only a pickle could
+            keep.
 
     Example:
         >>> tensors = {}
@@ -104,7 +106,7 @@ def check_weights(who: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
     for name in own:
         if name not in tensors:
             raise wrong(who, f"a checkpoint with the model's '{name}'", "one without it", do)
-    for name, tensor in tensors.items():
+    for name in tensors:
         # What an extra state holds is not a weight: load_state_dict hands it to the module that saved it.
         if name not in own and "_extra_state" not in name:
             raise wrong(who, f"a model with the checkpoint's '{name}'", "one without it", do)
