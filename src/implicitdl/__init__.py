@@ -13,11 +13,12 @@ from .nn import (
     ImplicitRNNCell,
 )
 from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Solution
-from .solvers import Anderson, Auto, Picard, Solver, Substitution
+from .solvers import Aitken, Anderson, Auto, Picard, Solver, Substitution
 
 __all__ = [
     "Activation",
     "Adjoint",
+    "Aitken",
     "Anderson",
     "Auto",
     "BackwardReport",

@@ -165,9 +165,7 @@ def _serialise(folder: Path, tensors: Mapping[str, Tensor]) -> bytes:
     plain = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            raise _wrong(
-                folder, "dense tensors", f"'{name}' of {tensor.layout} on {tensor.device}", "Densify it."
-            )
+            raise _wrong(folder, "dense tensors", f"'{name}' of {tensor.layout} on {tensor.device}", "Densify it.")
         # safetensors refuses two names for one memory, which is what tied weights are: each gets its own.
         plain[name] = tensor.detach().to("cpu", copy=True).contiguous()
     try:
@@ -175,9 +173,7 @@ def _serialise(folder: Path, tensors: Mapping[str, Tensor]) -> bytes:
         return safetensors.torch.save(plain)
     except (KeyError, ValueError, SafetensorError) as error:
         dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in plain.values()}))
-        raise _wrong(
-            folder, "dtypes that safetensors knows", dtypes, "Cast the others before saving."
-        ) from error
+        raise _wrong(folder, "dtypes that safetensors knows", dtypes, "Cast the others before saving.") from error
 
 
 def _config(folder: Path, meta: Mapping[str, Any], digest: str) -> bytes:
@@ -186,9 +182,7 @@ def _config(folder: Path, meta: Mapping[str, Any], digest: str) -> bytes:
     try:
         text = json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _wrong(
-            folder, "settings that JSON can hold", str(error), "Use numbers, text and lists."
-        ) from error
+        raise _wrong(folder, "settings that JSON can hold", str(error), "Use numbers, text and lists.") from error
     return (text + "\n").encode()
 
 
@@ -226,10 +220,7 @@ def _finish_interrupted(folder: Path) -> None:
     fresh = _fresh(folder / CONFIG)
     if fresh.is_file() and exists(folder):
         entries = _entries(fresh)
-        if (
-            entries is not None
-            and entries.get("sha256") == hashlib.sha256(_read(folder / TENSORS)).hexdigest()
-        ):
+        if entries is not None and entries.get("sha256") == hashlib.sha256(_read(folder / TENSORS)).hexdigest():
             os.replace(fresh, folder / CONFIG)
             _sync(folder)
 
@@ -238,9 +229,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise _wrong(
-            path.parent, f"the file {path.name}", "none", "Save it again, or copy it whole."
-        ) from error
+        raise _wrong(path.parent, f"the file {path.name}", "none", "Save it again, or copy it whole.") from error
     except OSError as error:
         raise _wrong(path.parent, f"a readable {path.name}", f"{error.strerror or error}", "") from error
 
@@ -282,7 +271,8 @@ def _pickle(folder: Path, name: str) -> CheckpointError:
 
 def _parse(folder: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(data)
+        # In order: safetensors gives them in another one each time.
+        return dict(sorted(safetensors.torch.load(data).items()))
     except (SafetensorError, ValueError, KeyError) as error:
         raise _wrong(
             folder,

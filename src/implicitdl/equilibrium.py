@@ -41,10 +41,10 @@ class Linearization(Protocol):
 def check_interval(n: int) -> int:
     """Sweeps between two looks, from n alone so that a sample's answer never depends on its batch.
 
-    A look is some six small operations of about 5 µs; a sweep costs 2n² flops a sample.  The two meet near
-    n = 100 at ordinary batch sizes; from n = 400 on a wasted sweep costs more than a look.
+    A look and what follows from it is some twenty small operations, 60 µs and more; a sweep costs 2n² flops a sample.
+    The two meet between n = 100 and n = 300 at ordinary batch sizes; from n = 500 on a wasted sweep costs more.
     """
-    return 4 if n <= 128 else 2 if n <= 400 else 1
+    return 4 if n <= 128 else 3 if n <= 512 else 1
 
 
 class Equilibrium:

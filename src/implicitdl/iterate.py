@@ -16,8 +16,10 @@ from torch import Tensor
 from .equilibrium import RowMap
 from .solvers.base import Solver
 
-# Finished samples leave the batch once they are a quarter of it: indexing the rest costs a copy of the state.
-_COMPACT_BELOW = 0.75
+# Finished samples leave the batch when half of it has; for a map that calls itself cheap, only when the numbers that
+# a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
+_COMPACT_BELOW = 0.5
+_COMPACT_FROM = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -37,78 +39,87 @@ def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False) -> Out
     """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate."""
     results = _Results(x, solver, trace)
     rows = np.arange(x.shape[0])
-    for method in solver.stages(f):
-        stage = _Stage(f, x, rows, method, results)
-        x, rows = stage.run()
-        if not rows.size:
-            break
+    with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
+        for method in solver.stages(f):
+            x, rows = _Stage(f, x, rows, method, results).run()
+            if not rows.size:
+                break
     return results.outcome()
 
 
 class _Results:
-    """The figures of the whole batch, kept on the host, and the best iterate of every sample."""
+    """The figures of the whole batch, kept on the host, and what every finished sample ended with."""
 
     def __init__(self, x: Tensor, solver: Solver, trace: bool) -> None:
         batch = x.shape[0]
         self.solver = solver
         self.rtol = solver.tolerance(x.dtype)
-        self.best_x = x
         self.residual = np.full(batch, np.inf)
         self.steps = np.zeros(batch, dtype=np.int64)
         self.converged = np.zeros(batch, dtype=bool)
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
+        self._finished: list[tuple[np.ndarray, Tensor]] = []  # groups of rows and their values
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Take the dtype that f returns: under autocast it is not that of x0."""
-        self.best_x, self.rtol = self.best_x.to(dtype), self.solver.tolerance(dtype)
-
-    def keep(self, rows: np.ndarray, better: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
-        if better.all() and len(rows) == len(self.residual):
-            self.best_x = x
-        elif better.any():
-            self.best_x = _put(self.best_x, rows[better], x[_index(better, x)])
-        self.residual[rows[better]] = residual[better]
+    def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
+        """Store the value and the residual of those of ``rows`` that ``which`` marks."""
+        if which.all():
+            self._finished.append((rows, x))
+            self.residual[rows] = residual
+        else:
+            self._finished.append((rows[which], _select(x, which)))
+            self.residual[rows[which]] = residual[which]
 
     def outcome(self) -> Outcome:
-        x, device = self.best_x, self.best_x.device
+        x = self._values()
         figures = torch.float64 if x.dtype == torch.float64 else torch.float32
         trace = self.trace
         if trace is not None:
             trace = trace[: max(int(self.steps.max()), 1)]
         return Outcome(
             x=x,
-            residual=torch.from_numpy(self.residual).to(device, figures),
-            steps=torch.from_numpy(self.steps).to(device),
-            converged=torch.from_numpy(self.converged).to(device),
+            residual=torch.from_numpy(self.residual).to(x.device, figures),
+            steps=torch.from_numpy(self.steps).to(x.device),
+            converged=torch.from_numpy(self.converged).to(x.device),
             all_converged=bool(self.converged.all()),
-            trace=None if trace is None else torch.from_numpy(trace).to(device, figures),
+            trace=None if trace is None else torch.from_numpy(trace).to(x.device, figures),
             rtol=self.rtol,
         )
+
+    def _values(self) -> Tensor:
+        if len(self._finished) == 1:
+            return self._finished[0][1]
+        rows = np.concatenate([rows for rows, _ in self._finished])
+        x = torch.cat([x for _, x in self._finished])
+        return x.index_select(0, torch.from_numpy(np.argsort(rows)).to(x.device))
 
 
 class _Stage:
     """One method at work on some of the rows."""
 
     def __init__(self, f: RowMap, x: Tensor, rows: np.ndarray, method: Solver, results: _Results) -> None:
+        batch = x.shape[0]
         self.f, self.x, self.method, self.results = f, x, method, results
         self.start = x
-        self.rows = np.arange(x.shape[0])  # batch index of each row that is evaluated
-        self.live = np.zeros(x.shape[0], dtype=bool)  # which of them are still being solved
+        self.handed = np.zeros(batch, dtype=bool)
+        self.rows = np.arange(batch)  # batch index of each row that is evaluated
+        self.live = np.zeros(batch, dtype=bool)  # which of them are still being solved
         self.live[rows] = True
-        self.spent_before = results.steps.copy()
-        self.handed = np.zeros(x.shape[0], dtype=bool)
+        # Row by row: the best iterate so far, its residual, that of the last look, and evaluations of earlier stages.
+        self.best_x, self.best = x, results.residual.copy()
         self.previous: np.ndarray | None = None
+        self.before = results.steps.copy()
 
     def run(self) -> tuple[Tensor, np.ndarray]:
         """The batch's iterates where the next stage should start, and the rows that it should take."""
         self._drop_finished()
-        f, method, results = self.f, self.method, self.results
-        interval = method.check_interval(f)
-        state = method.init(f, self.x)
-        fx = f(self.x)
-        if fx.dtype != self.x.dtype:
-            results.cast(fx.dtype)
-            self.x, self.start = self.x.to(fx.dtype), self.start.to(fx.dtype)
+        method, results = self.method, self.results
+        interval = method.check_interval(self.f)
+        state = method.init(self.f, self.x)
+        fx = self.f(self.x)
+        if fx.dtype != self.x.dtype:  # autocast decides the dtype of the state
+            self.x, self.start, self.best_x = (t.to(fx.dtype) for t in (self.x, self.start, self.best_x))
+        results.rtol = results.solver.tolerance(fx.dtype)
+        self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
         while True:
             scheduled = sweep % interval == 0
@@ -118,7 +129,7 @@ class _Stage:
                     return self.start, np.flatnonzero(self.handed)
                 kept = self._drop_finished()
                 if kept is not None:
-                    state, fx = method.take(state, kept), fx[kept]
+                    state, fx = method.take(state, kept), fx.index_select(0, kept)
             self.x, state, extra = method.step(self.f, self.x, fx, state)
             fx = self.f(self.x)
             spent += 1 + extra
@@ -127,74 +138,104 @@ class _Stage:
     def _look(self, fx: Tensor, spent: int, interval: int, scheduled: bool) -> None:
         """Read the residuals and decide which samples are done, out of steps, lost, or better served elsewhere."""
         results, rows, live = self.results, self.rows, self.live
-        observed = getattr(self.f, "observed", _itself)
-        floor = results.solver.atol / results.rtol
-        residual = _relative_residual(observed(self.x), observed(fx), floor)
-        total = self.spent_before[rows] + spent
+        residual = self._residual(fx)
+        if scheduled and spent < self._budget and results.trace is None and self._all_on_their_way(residual, interval):
+            return
+        total = self.before + spent
         if results.trace is not None:
             results.trace[np.minimum(total[live], len(results.trace)) - 1, rows[live]] = residual[live]
         out_of_steps = total >= results.solver.max_steps
+        # A look for the sake of one sample's budget, or of the trace, must not decide on the others.
         due = live if scheduled else live & out_of_steps
+        better = due & (residual < self.best)
+        self._keep_best(better, residual)
         done = due & (residual <= results.rtol)
-        better = due & (residual < results.residual[rows])
-        results.keep(rows, better, self.x, residual)
-        results.steps[rows[due]] = total[due]
-        results.converged[rows[done]] = True
-        ended = due & (done | out_of_steps | ~np.isfinite(residual))
+        ended = done | (due & (out_of_steps | ~np.isfinite(residual)))
         if scheduled:
             if self.previous is not None:
                 slow = self.method.hand_over(residual, self.previous, interval, results.rtol)
                 if slow is not None:
-                    ended |= self._hand_over(slow & due & ~ended, better, fx)
+                    self._hand_over(slow & due & ~ended, better, fx)
             self.previous = residual
-        self.live = live & ~ended
+        if ended.any():
+            results.finish(rows, ended, self.best_x, self.best)
+            results.converged[rows] |= done
+            self.live = self.live & ~ended
+        results.steps[rows[due]] = total[due]
 
-    def _hand_over(self, slow: np.ndarray, better: np.ndarray, fx: Tensor) -> np.ndarray:
+    def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
+        """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
+        if not (residual.min() > self.results.rtol and (residual < self.best).all()):  # a NaN fails both
+            return False
+        if self.previous is not None and self.live.all():
+            slow = self.method.hand_over(residual, self.previous, interval, self.results.rtol)
+            if slow is not None and slow.any():
+                return False
+        elif not self.live.all():
+            return False
+        self.best_x, self.best, self.previous = self.x, residual, residual
+        return True
+
+    def _residual(self, fx: Tensor) -> np.ndarray:
+        """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; 0 where both norms are 0."""
+        x, observed = self.x, getattr(self.f, "observed", None)
+        if fx.requires_grad:
+            x, fx = x.detach(), fx.detach()
+        if observed is not None:
+            x, fx = observed(x), observed(fx)
+        if fx.dtype in (torch.bfloat16, torch.float16):
+            x, fx = x.float(), fx.float()
+        size = torch.linalg.vector_norm(fx, dim=1).cpu().numpy().astype(np.float64)
+        residual: np.ndarray = torch.linalg.vector_norm(fx - x, dim=1).cpu().numpy()
+        return residual / np.maximum(size + self.results.solver.atol / self.results.rtol, _TINY)
+
+    def _keep_best(self, better: np.ndarray, residual: np.ndarray) -> None:
+        # The usual case by reference, since iterates are never changed in place; what has finished is stored.
+        if (better | ~self.live).all():
+            self.best_x, self.best = self.x, residual
+        elif better.any():
+            self.best_x = _put(self.best_x, better, _select(self.x, better))
+            self.best = np.where(better, residual, self.best)
+
+    def _hand_over(self, slow: np.ndarray, better: np.ndarray, fx: Tensor) -> None:
         """Leave slow samples to the next stage: at f(x) where x is the best so far, else at the best."""
         if slow.any():
-            self.start = _put(self.start, self.rows[slow], self.results.best_x[_index(self.rows[slow], fx)])
             ahead = slow & better
-            self.start = _put(self.start, self.rows[ahead], fx[_index(ahead, fx)])
+            self.start = _put(self.start, self.rows[slow], _select(self.best_x, slow))
+            self.start = _put(self.start, self.rows[ahead], _select(fx, ahead))
+            self.results.residual[self.rows[slow]] = self.best[slow]
             self.handed[self.rows[slow]] = True
-        return slow
+            self.live = self.live & ~slow
 
     def _drop_finished(self) -> Tensor | None:
         """Shrink the batch to the live rows when it pays; returns their indices if it was done."""
-        if self.live.mean() < _COMPACT_BELOW:
-            kept = _index(self.live, self.x)
-            f = self.f.take(kept)
-            if f is not None:
-                self.f, self.x = f, self.x[kept]
-                self.rows = self.rows[self.live]
-                if self.previous is not None:
-                    self.previous = self.previous[self.live]
-                self.live = self.live[self.live]
-                self._set_budget()
-                return kept
-        self._set_budget()
-        return None
-
-    def _set_budget(self) -> None:
-        self._budget = self.results.solver.max_steps - int(self.spent_before[self.rows[self.live]].max())
-
-
-def _relative_residual(x: Tensor, fx: Tensor, floor: float) -> np.ndarray:
-    """‖f(x) − x‖₂ / (floor + ‖f(x)‖₂) per row, at least in float32; 0 where both norms are 0."""
-    if fx.dtype in (torch.bfloat16, torch.float16):
-        x, fx = x.float(), fx.float()
-    x, fx = x.detach(), fx.detach()
-    size = torch.linalg.vector_norm(fx, dim=1).add_(floor).clamp_(min=torch.finfo(fx.dtype).tiny)
-    residual: np.ndarray = torch.linalg.vector_norm(fx - x, dim=1).div_(size).double().cpu().numpy()
-    return residual
+        live = self.live
+        remaining = np.count_nonzero(live)
+        if remaining > _COMPACT_BELOW * len(live):
+            return None
+        if self.f.check_interval > 1 and (len(live) - remaining) * self.x.shape[1] < _COMPACT_FROM:
+            return None
+        kept = _index(live, self.x)
+        f = self.f.take(kept)
+        if f is None:
+            return None
+        self.f, self.x, self.best_x = f, self.x.index_select(0, kept), self.best_x.index_select(0, kept)
+        self.rows, self.best, self.before = self.rows[live], self.best[live], self.before[live]
+        self.previous = None if self.previous is None else self.previous[live]
+        self.live = live[live]
+        return kept
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
+_TINY = np.finfo(np.float64).tiny
 
 
 def _index(rows: np.ndarray, like: Tensor) -> Tensor:
     """A mask or an array of row numbers as an index tensor on the device of ``like``."""
     return torch.from_numpy(np.flatnonzero(rows) if rows.dtype == bool else rows).to(like.device)
+
+
+def _select(x: Tensor, which: np.ndarray) -> Tensor:
+    return x.index_select(0, _index(which, x))
 
 
 def _put(base: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .constraints import (
 from .equilibrium import Equilibrium
 from .fixed_point import fixed_point
 from .solution import ImplicitFunctionWarning, Solution
-from .solvers import Anderson, Auto, Picard, Solver
+from .solvers import Aitken, Anderson, Auto, Picard, Solver
 
 F64 = torch.float64
 
@@ -217,6 +217,7 @@ def _quietly(call: Callable[[], Solution]) -> Solution:
 SOLVERS: list[Solver] = [
     Picard(max_steps=5000),
     Picard(max_steps=5000, damping=0.7),
+    Aitken(max_steps=5000),
     Anderson(),
     Anderson(damping=0.8),
     Auto(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ class RowScaling(Constraint):
 
     Every entry of a scaled row keeps a gradient, which is why this is the default (`benchmarks/constraints.py`).
 
-    Source: THEORY §1.3 and §4.1; the vector-Jacobian product s(g − sign(v) (aᵀg)/r) is what autograd returns.
+    Source: THEORY §1.3 and §4.1; the vector-Jacobian product is s(g − sign(v) (aᵀg)/r).
 
     Example:
         >>> import torch
@@ -24,10 +26,11 @@ class RowScaling(Constraint):
     """
 
     def forward(self, raw: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(raw, ord=1, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(raw.detach(), ord=1, dim=-1, keepdim=True)
         if not bool((size > self.radius).any()):
             return raw
-        return raw * (self.radius / size.clamp(min=self.radius))
+        scaled: Tensor = _ScaleRows.apply(raw, size, self.radius)
+        return scaled
 
     def right_inverse(self, A: Tensor) -> Tensor:
         return self._member(A)
@@ -83,6 +86,27 @@ class SoftRowScaling(Constraint):
 
     def contains(self, A: Tensor) -> bool:
         return self._in_ball(A)
+
+
+class _ScaleRows(torch.autograd.Function):
+    """v min(1, r/‖v‖₁) with its vector-Jacobian product in five operations, where autograd's takes fifteen."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, size: Tensor, radius: float) -> Tensor:
+        scale = radius / size.clamp(min=radius)
+        ctx.save_for_backward(v, scale)
+        ctx.radius = radius
+        return v * scale
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
+        # operations of v, s included, when a second derivative is to be taken.
+        v, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            scale = ctx.radius / v.abs().sum(dim=-1, keepdim=True).clamp(min=ctx.radius)
+        along = (v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)
+        return torch.addcmul(g * scale, v.sign(), along.masked_fill(scale == 1, 0.0), value=-1), None, None
 
 
 def project_l1(v: Tensor, radius: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The default: substitution where A is triangular, Picard where it is fast, Anderson where it is slow."""
+"""The default: substitution where A is triangular, Picard with Aitken steps where that is fast, else Anderson."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ import numpy as np
 from torch import Tensor
 
 from ..equilibrium import RowMap
+from .aitken import Aitken
 from .anderson import Anderson
 from .base import Solver
-from .picard import Picard
 from .substitution import Substitution
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PicardWhileFast(Picard):
-    """Picard that hands a sample over when its measured rate promises too many further steps."""
+class _AitkenWhileFast(Aitken):
+    """Aitken's iteration that hands a sample over when its measured rate promises too many further steps."""
 
     overhead: int = 1
 
-    def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray:
-        # rate ** remaining = rtol / residual, the rate measured between the last two looks.
+    def hand_over(
+        self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float
+    ) -> np.ndarray | None:
+        # 0.7 a step: where acceleration begins to save evaluations on most spectra (THEORY §5.6).
+        slow: np.ndarray = residual > 0.7**steps * previous
+        if not slow.any():
+            return None
+        # The rate between the last two looks says how many more steps it takes: rate ** remaining = rtol / residual.
+        # A residual that does not fall has a rate of 1 or more and takes for ever: remaining is not positive.
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            rate = (residual / previous) ** (1.0 / steps)
-            remaining = np.log(rtol / residual) / np.log(rate)
-        # 0.7: where acceleration begins to save evaluations on most spectra (THEORY §5.6); a residual that does
-        # not fall at all (rate ≥ 1, remaining negative or NaN) is the slowest there is.
-        return (rate >= 1.0) | ((rate > 0.7) & (remaining > 10 * self.overhead))
+            remaining = steps * np.log(rtol / residual) / np.log(residual / previous)
+        return slow & ~((remaining >= 0) & (remaining <= 10 * self.overhead))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Solver):
-    """Chooses per sample: Picard with a measured rate, and Anderson for the samples on which Picard is slow.
+    """Chooses per sample: Picard with Aitken steps and a measured rate, and Anderson for samples on which that is slow.
 
     A sample's rate is taken from its own residuals alone, so what is chosen for it does not depend on its
     batch-mates.  A strictly triangular equilibrium is solved by substitution.
@@ -52,7 +56,7 @@ class Auto(Solver):
             return (Substitution(),)
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
-        return (_PicardWhileFast(overhead=f.check_interval), self.slow)
+        return (_AitkenWhileFast(overhead=f.check_interval), self.slow)
 
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         raise AssertionError("Auto only chooses; its stages step")
