@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from standins import FOLDERS, write_cifar, write_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +25,12 @@ def float32() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny MNIST, Fashion-MNIST and CIFAR-10 in torchvision's layout."""
+    write_mnist(tmp_path / FOLDERS["mnist"])
+    write_mnist(tmp_path / FOLDERS["fashion-mnist"])
+    write_cifar(tmp_path / FOLDERS["cifar10"], monkeypatch)
+    return tmp_path
