@@ -22,7 +22,9 @@ def by_hand(cell, x, h):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": True}, {"no_D": True}, {"is_low_rank": True, "rank": 2}, {"activation": TANH}], ids=str
+    "options",
+    [{}, {"bias": True}, {"no_D": True}, {"is_low_rank": True, "rank": 2}, {"activation": TANH}],
+    ids=["plain", "bias", "no-D", "low-rank", "tanh"],
 )
 def test_equals_the_loop_over_the_model(options):
     cell = ImplicitRNNCell(**SIZES, **options)

@@ -44,7 +44,7 @@ def check_interval(n: int) -> int:
     A look and what follows from it is some twenty small operations, 60 µs and more; a sweep costs 2n² flops a sample.
     The two meet between n = 100 and n = 300 at ordinary batch sizes; from n = 500 on a wasted sweep costs more.
     """
-    return 4 if n <= 128 else 3 if n <= 512 else 1
+    return 5 if n <= 128 else 4 if n <= 512 else 1
 
 
 class Equilibrium:

@@ -20,6 +20,8 @@ from .solvers.base import Solver
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
 _COMPACT_BELOW = 0.5
 _COMPACT_FROM = 1 << 13
+# Iterates up to this many numbers are kept whole for the sake of the samples that ended with them: a reference is free.
+_HOLD_UP_TO = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -58,39 +60,48 @@ class _Results:
         self.steps = np.zeros(batch, dtype=np.int64)
         self.converged = np.zeros(batch, dtype=bool)
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
-        self._finished: list[tuple[np.ndarray, Tensor]] = []  # groups of rows and their values
+        # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
+        self._finished: list[tuple[np.ndarray, np.ndarray | None, Tensor]] = []
 
     def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
         """Store the value and the residual of those of ``rows`` that ``which`` marks."""
         if which.all():
-            self._finished.append((rows, x))
+            self._finished.append((rows, None, x))
             self.residual[rows] = residual
+            return
+        ended = which.nonzero()[0]
+        self.residual[rows[ended]] = residual[ended]
+        if x.numel() > _HOLD_UP_TO:
+            self._finished.append((rows[ended], None, x.index_select(0, _tensor(ended, x))))
         else:
-            self._finished.append((rows[which], _select(x, which)))
-            self.residual[rows[which]] = residual[which]
+            self._finished.append((rows[ended], ended, x))
 
     def outcome(self) -> Outcome:
         x = self._values()
-        figures = torch.float64 if x.dtype == torch.float64 else torch.float32
+        figures = np.float64 if x.dtype == torch.float64 else np.float32
         trace = self.trace
         if trace is not None:
             trace = trace[: max(int(self.steps.max()), 1)]
         return Outcome(
             x=x,
-            residual=torch.from_numpy(self.residual).to(x.device, figures),
-            steps=torch.from_numpy(self.steps).to(x.device),
-            converged=torch.from_numpy(self.converged).to(x.device),
+            residual=_tensor(self.residual.astype(figures), x),
+            steps=_tensor(self.steps, x),
+            converged=_tensor(self.converged, x),
             all_converged=bool(self.converged.all()),
-            trace=None if trace is None else torch.from_numpy(trace).to(x.device, figures),
+            trace=None if trace is None else _tensor(trace.astype(figures), x),
             rtol=self.rtol,
         )
 
     def _values(self) -> Tensor:
         if len(self._finished) == 1:
-            return self._finished[0][1]
-        rows = np.concatenate([rows for rows, _ in self._finished])
-        x = torch.cat([x for _, x in self._finished])
-        return x.index_select(0, torch.from_numpy(np.argsort(rows)).to(x.device))
+            _, _, x = self._finished[0]
+            return x
+        place = np.empty(len(self.residual), dtype=np.int64)
+        offset = 0
+        for rows, inside, x in self._finished:
+            place[rows] = (np.arange(len(rows)) if inside is None else inside) + offset
+            offset += len(x)
+        return torch.cat([x for _, _, x in self._finished]).index_select(0, _tensor(place, x))
 
 
 class _Stage:
@@ -121,8 +132,10 @@ class _Stage:
         results.rtol = results.solver.tolerance(fx.dtype)
         self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
+        # Where looks are rare the first is not worth its price: few samples end that early.
+        first = interval if interval == 1 else 2 * interval
         while True:
-            scheduled = sweep % interval == 0
+            scheduled = sweep % interval == 0 and sweep >= first
             if scheduled or spent >= self._budget or results.trace is not None:
                 self._look(fx, spent, interval, scheduled)
                 if not self.live.any():
@@ -165,14 +178,13 @@ class _Stage:
 
     def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
         """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
-        if not (residual.min() > self.results.rtol and (residual < self.best).all()):  # a NaN fails both
+        # A NaN fails the first comparison, an infinite residual the second.
+        if not residual.min() > self.results.rtol or not (residual < self.best).all() or not self.live.all():
             return False
-        if self.previous is not None and self.live.all():
+        if self.previous is not None:
             slow = self.method.hand_over(residual, self.previous, interval, self.results.rtol)
             if slow is not None and slow.any():
                 return False
-        elif not self.live.all():
-            return False
         self.best_x, self.best, self.previous = self.x, residual, residual
         return True
 
@@ -185,9 +197,10 @@ class _Stage:
             x, fx = observed(x), observed(fx)
         if fx.dtype in (torch.bfloat16, torch.float16):
             x, fx = x.float(), fx.float()
-        size = torch.linalg.vector_norm(fx, dim=1).cpu().numpy().astype(np.float64)
+        size = torch.linalg.vector_norm(fx, dim=1).cpu().numpy()
         residual: np.ndarray = torch.linalg.vector_norm(fx - x, dim=1).cpu().numpy()
-        return residual / np.maximum(size + self.results.solver.atol / self.results.rtol, _TINY)
+        floor = self.results.solver.atol / self.results.rtol
+        return residual / np.maximum(size + floor if floor else size, np.finfo(size.dtype).tiny)
 
     def _keep_best(self, better: np.ndarray, residual: np.ndarray) -> None:
         # The usual case by reference, since iterates are never changed in place; what has finished is stored.
@@ -215,7 +228,7 @@ class _Stage:
             return None
         if self.f.check_interval > 1 and (len(live) - remaining) * self.x.shape[1] < _COMPACT_FROM:
             return None
-        kept = _index(live, self.x)
+        kept = _tensor(live.nonzero()[0], self.x)
         f = self.f.take(kept)
         if f is None:
             return None
@@ -226,18 +239,17 @@ class _Stage:
         return kept
 
 
-_TINY = np.finfo(np.float64).tiny
-
-
-def _index(rows: np.ndarray, like: Tensor) -> Tensor:
-    """A mask or an array of row numbers as an index tensor on the device of ``like``."""
-    return torch.from_numpy(np.flatnonzero(rows) if rows.dtype == bool else rows).to(like.device)
+def _tensor(figures: np.ndarray, like: Tensor) -> Tensor:
+    """On the device of ``like``; on the CPU without a copy."""
+    tensor = torch.from_numpy(figures)
+    return tensor if like.device.type == "cpu" else tensor.to(like.device)
 
 
 def _select(x: Tensor, which: np.ndarray) -> Tensor:
-    return x.index_select(0, _index(which, x))
+    return x.index_select(0, _tensor(which.nonzero()[0], x))
 
 
 def _put(base: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
-    """``base`` with some rows replaced; a new tensor, since iterates and graphs may share the old one."""
-    return base.index_put((_index(rows, base),), values)
+    """``base`` with some rows, by mask or by number, replaced; a new tensor, since graphs may share the old one."""
+    numbers = rows.nonzero()[0] if rows.dtype == bool else rows
+    return base.index_put((_tensor(numbers, base),), values)

@@ -270,15 +270,18 @@ def residuals(
     return _written(figure, path)
 
 
-def training_curves(rows: Sequence[Mapping[str, Any]], *, path: PathLike | None = None) -> Figure:
+def training_curves(
+    rows: Sequence[Mapping[str, Any]], *, chosen: int | None = None, path: PathLike | None = None
+) -> Figure:
     """Loss, accuracy, solver steps and the share of missed tolerances, epoch by epoch.
 
     Arguments:
         rows: ``logger.rows`` of `train`, or the lines of a run's metrics.jsonl; one per epoch.
+        chosen: the epoch to mark; the one with the best validation accuracy (or loss) by default.
         path: where to write the figure.
 
     Returns:
-        The figure, with a panel for each; the epoch with the best validation accuracy (or loss) is marked.
+        The figure, with a panel for each.
 
     Raises:
         ArgumentError: no rows; and as `spy`.
@@ -311,12 +314,12 @@ def training_curves(rows: Sequence[Mapping[str, Any]], *, path: PathLike | None 
             (("missed", "training, both solves", BLUE), ("valid_missed", "validation", AMBER)),
         ),
     )  # fmt: skip
-    best = _best(rows)
+    marked = epochs[_best(rows)] if chosen is None else chosen
     for ax, title, unit, lines in curves:
         for key, label, colour in lines:
             values = [np.nan if row.get(key) is None else unit * float(row[key]) for row in rows]
             ax.plot(epochs, values, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=label)
-        ax.axvline(epochs[best], color=GREY, linewidth=1, linestyle=":", zorder=0)
+        ax.axvline(marked, color=GREY, linewidth=1, linestyle=":", zorder=0)
         ax.set_ylabel(title, color=INK)
         _plain(ax)
         ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
@@ -331,7 +334,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], *, path: PathLike | None 
         ax.set_xlabel("epoch", color=INK)
         _whole_numbers(ax)
     accuracy.annotate(
-        f"best epoch {epochs[best]}", (epochs[best], 0), xycoords=("data", "axes fraction"),
+        f"{'best epoch' if chosen is None else 'epoch'} {marked}", (marked, 0), xycoords=("data", "axes fraction"),
         xytext=(-4, 6), textcoords="offset points", ha="right", color=GREY, fontsize=9,
     )  # fmt: skip
     return _written(figure, path)
@@ -351,6 +354,7 @@ def _history(ax: Axes, title: str, trace: Tensor | None, rtol: float | None, col
     _plain(ax)
     ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
     if trace is None:
+        ax.set_xticks([])
         ax.text(0.5, 0.5, "no trace of this solve", transform=ax.transAxes, ha="center", color=GREY)
         return
     steps, low, middle, high = quantiles(trace)

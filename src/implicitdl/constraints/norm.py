@@ -26,10 +26,7 @@ class RowScaling(Constraint):
     """
 
     def forward(self, raw: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(raw.detach(), ord=1, dim=-1, keepdim=True)
-        if not bool((size > self.radius).any()):
-            return raw
-        scaled: Tensor = _ScaleRows.apply(raw, size, self.radius)
+        scaled: Tensor = _ScaleRows.apply(raw, self.radius)
         return scaled
 
     def right_inverse(self, A: Tensor) -> Tensor:
@@ -92,21 +89,22 @@ class _ScaleRows(torch.autograd.Function):
     """v min(1, r/‖v‖₁) with its vector-Jacobian product in five operations, where autograd's takes fifteen."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, size: Tensor, radius: float) -> Tensor:
-        scale = radius / size.clamp(min=radius)
+    def forward(ctx: Any, v: Tensor, radius: float) -> Tensor:
+        # A row inside the ball is divided by r and multiplied by r: exactly 1, and untouched.
+        scale = radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True).clamp_(min=radius)
         ctx.save_for_backward(v, scale)
         ctx.radius = radius
         return v * scale
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
         # operations of v, s included, when a second derivative is to be taken.
         v, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             scale = ctx.radius / v.abs().sum(dim=-1, keepdim=True).clamp(min=ctx.radius)
         along = (v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)
-        return torch.addcmul(g * scale, v.sign(), along.masked_fill(scale == 1, 0.0), value=-1), None, None
+        return torch.addcmul(g * scale, v.sign(), along.masked_fill(scale == 1, 0.0), value=-1), None
 
 
 def project_l1(v: Tensor, radius: float) -> Tensor:

@@ -143,13 +143,13 @@ class ImplicitModel(nn.Module):
             (batch, q).
         """
         u = self._input(U)
-        x = self._solve(self.weights(), F.linear(u, self.B, self.b_x), X0).value
+        x = self._solve(self.weights(), self._input_term(u), X0).value
         return self.read_out(x, u)  # type: ignore[arg-type]
 
     def solve(self, U: Tensor, X0: Tensor | None = None, *, trace: bool = False) -> Solution:
         """The equilibrium state x, (batch, n), with residual, steps and convergence per sample."""
         u = self._input(U)
-        return self._solve(self.weights(), F.linear(u, self.B, self.b_x), X0, trace=trace)
+        return self._solve(self.weights(), self._input_term(u), X0, trace=trace)
 
     def read_out(self, x: Tensor, u: Tensor) -> Tensor:
         """y = Cx + Du + b_y."""
@@ -184,8 +184,14 @@ class ImplicitModel(nn.Module):
             features = u.shape[1] if u.dim() == 2 else 0
             raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), self._advice(features))
         _checks.same_place("ImplicitModel", "u", u, self.B)
-        _checks.finite("ImplicitModel", "u", u)
         return u
+
+    def _input_term(self, u: Tensor) -> Tensor:
+        """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
+        b = F.linear(u, self.B, self.b_x)
+        if not torch.isfinite(b.detach().sum()):
+            _checks.finite("ImplicitModel", "u", u)
+        return b
 
     def _advice(self, features: int) -> str:
         if features == 0:

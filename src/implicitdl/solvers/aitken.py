@@ -76,8 +76,7 @@ def _extrapolate(x: Tensor, fx: Tensor, before: Tensor) -> Tensor:
     d = r - before
     if d.dtype in (torch.bfloat16, torch.float16):
         return _extrapolate(x.float(), fx.float(), before.float()).to(fx.dtype)
-    size = torch.linalg.vector_norm(d, dim=1, keepdim=True)
-    # d·r / d·d in two divisions: the square of a small norm would underflow.  d = 0 is a residual that repeats itself.
-    unit = d / size.clamp(min=torch.finfo(d.dtype).tiny)
-    gamma = (unit * r).sum(dim=1, keepdim=True) / size.clamp(min=torch.finfo(d.dtype).tiny)
+    # d = 0 is a residual that repeats itself, and there is nothing to extrapolate.
+    size = (d * d).sum(dim=1, keepdim=True).clamp_(min=torch.finfo(d.dtype).tiny)
+    gamma = (d * r).sum(dim=1, keepdim=True).div_(size)
     return torch.addcmul(fx, gamma, r, value=-1)

@@ -51,9 +51,7 @@ def get_valid_accuracy(
     return found["loss"], found["acc"]
 
 
-def measure(
-    forward: nn.Module, loader: Iterable[Any], loss_fn: Loss, device: torch.device, meter: Meter
-) -> None:
+def measure(forward: nn.Module, loader: Iterable[Any], loss_fn: Loss, device: torch.device, meter: Meter) -> None:
     for batch in loader:
         inputs, target = (move(part, device) for part in pair(meter.who, batch))
         pred = forward(inputs)

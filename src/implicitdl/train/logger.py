@@ -94,9 +94,8 @@ class Logger:
         row = {name: _plain(name, value) for name, value in values.items()}
         if self.rows and row.keys() != self.rows[0].keys():
             names = ", ".join(self.rows[0])
-            raise wrong(
-                "Logger", f"the first row's names ({names})", ", ".join(row), "Give None for what is missing."
-            )
+            raise wrong("Logger", f"the first row's names ({names})", ", ".join(row), "Give None for what is missing.")
+        row = {name: row[name] for name in self.rows[0]} if self.rows else row  # the order of the columns
         line = self._line(row)
         better = metric is not None and self.judge(row, metric, lower)
         if better and model is not None and self.folder is not None:
@@ -165,11 +164,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     tensors, meta = _store.load(folder)
     if meta.get("kind") == "training":
-        tensors = {
-            name.removeprefix("model."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("model.")
-        }
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     check_weights("load_weights", model, tensors)
     set_weights(model, tensors, meta.get("extra", {}))
 
@@ -177,9 +172,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Rewrite both files, each atomically."""
     names = list(rows[0]) if rows else []
-    _store.write_file(
-        folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode()
-    )
+    _store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
     _store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
 
 
@@ -217,9 +210,7 @@ def _strict(row: Row) -> Row:
 
 def _entry(row: Row, name: str) -> Figure:
     if name not in row:
-        raise wrong(
-            "Logger", f"'{name}' among the values", ", ".join(row) or "none", "Add it, or name another."
-        )
+        raise wrong("Logger", f"'{name}' among the values", ", ".join(row) or "none", "Add it, or name another.")
     return row[name]
 
 

@@ -60,9 +60,9 @@ def train(
     The scheduler, like the optimiser, comes back with the settings it was saved with: a longer run that
     resumes a finished one goes on along the saved schedule, not along one planned for the new length.
 
-    Under ``torchrun`` or ``accelerate launch`` each process takes its share of the batches (so a step sees
-    processes × batch size samples), the folder is on a disk that all of them see, and the main one writes to
-    it.
+    Under ``torchrun`` (or ``accelerate launch``, which on CPUs starts only one process) each process takes
+    its share of the batches, so that a step sees processes × batch size samples; the folder is on a disk that
+    all of them see, and the main one writes to it.
 
     Arguments:
         model: called as ``model(input)``; moved to the device in place.

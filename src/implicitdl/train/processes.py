@@ -60,24 +60,18 @@ class Processes:
         if asked is None:
             return own
         if asked.type != own.type or (self.count > 1 and asked.index not in (None, own.index)):
-            raise wrong(
-                "train", f"a device that this process has ({own})", f"'{asked}'", "Leave device=None."
-            )
+            raise wrong("train", f"a device that this process has ({own})", f"'{asked}'", "Leave device=None.")
         return own if self.count > 1 else asked
 
     def _check(self) -> None:
         kind = self.accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-            raise wrong(
-                "train", "data-parallel processes", kind, "Launch with torchrun or plain accelerate launch."
-            )
+            raise wrong("train", "data-parallel processes", kind, "Launch with torchrun or plain accelerate launch.")
         precision = self.accelerator.mixed_precision
         if precision not in ("no", "bf16", "fp16"):
             raise wrong("train", "mixed precision no, bf16 or fp16", precision, "Launch with another one.")
         if precision == "fp16" and self.device.type == "cpu":
-            raise wrong(
-                "train", "an accelerator for mixed_precision='fp16'", "the CPU", "Use 'bf16' on the CPU."
-            )
+            raise wrong("train", "an accelerator for mixed_precision='fp16'", "the CPU", "Use 'bf16' on the CPU.")
         if self.accelerator.gradient_accumulation_steps != 1:
             steps = self.accelerator.gradient_accumulation_steps
             raise wrong("train", "no gradient accumulation", f"{steps} steps", "Use larger batches instead.")
@@ -144,9 +138,7 @@ def processes(device: Device | None, precision: Precision | None) -> Iterator[Pr
     second run in bf16, or a run after the user's own Accelerator, would fail.
     """
     state = extra("accelerate.state", "train")
-    shared = [
-        kind._shared_state for kind in (state.PartialState, state.AcceleratorState, state.GradientState)
-    ]
+    shared = [kind._shared_state for kind in (state.PartialState, state.AcceleratorState, state.GradientState)]
     before = [dict(values) for values in shared]
     for values in shared:
         values.clear()
@@ -170,9 +162,7 @@ def _device(device: Device | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise wrong(
-            "train", "a device such as 'cpu' or 'cuda:0'", repr(device), "Or leave device=None."
-        ) from error
+        raise wrong("train", "a device such as 'cpu' or 'cuda:0'", repr(device), "Or leave device=None.") from error
 
 
 def _leave_group() -> None:
@@ -189,11 +179,7 @@ def draw_seed() -> int:
 def borrowed_streams(device: torch.device) -> Iterator[None]:
     """Reseed the global random streams at will inside; afterwards they are where they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    cuda = (
-        [device.index if device.index is not None else torch.cuda.current_device()]
-        if device.type == "cuda"
-        else []
-    )
+    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             yield

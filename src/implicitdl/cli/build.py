@@ -1,0 +1,113 @@
+"""From the names in the options to the library's objects."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .. import activations, constraints
+from .._checks import wrong
+from ..adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from ..data import Data, load
+from ..nn import ImplicitFunctionInf, ImplicitFunctionTriu, ImplicitModel
+from ..solvers import Aitken, Anderson, Auto, Picard, Solver
+from .options import Options
+
+_CONSTRAINTS = {
+    "row-scaling": constraints.RowScaling,
+    "row-projection": constraints.RowProjection,
+    "soft-row-scaling": constraints.SoftRowScaling,
+}
+_SOLVERS: dict[str, type[Solver]] = {"auto": Auto, "picard": Picard, "aitken": Aitken, "anderson": Anderson}
+
+
+def data(options: Options, root: str | None = None) -> Data:
+    """The dataset in its three parts; `root` comes before the option."""
+    where = options.root if root is None else root
+    return load(options.data, options.batch_size, where, holdout=options.holdout, seed=options.split_seed)
+
+
+def model(options: Options, input_dim: int, output_dim: int) -> ImplicitModel:
+    """The model of the options, float32, with weights drawn from the global stream."""
+    low_rank = options.structure == "low-rank"
+    return ImplicitModel(
+        input_dim=input_dim,
+        output_dim=output_dim,
+        hidden_dim=options.hidden_dim,
+        f=ImplicitFunctionTriu if options.structure == "triangular" else ImplicitFunctionInf,
+        no_D=options.no_D,
+        bias=options.bias,
+        mitr=options.max_steps,
+        grad_mitr=options.grad_max_steps,
+        tol=options.tol,
+        grad_tol=options.grad_tol,
+        kappa=options.kappa,
+        is_low_rank=low_rank,
+        rank=options.rank,
+        activation=activations.BUILTIN[options.activation],
+        constraint=None if options.constraint is None else _CONSTRAINTS[options.constraint],
+        solver=_solver(options),
+        adjoint=_adjoint(options),
+        on_failure=options.on_failure,  # type: ignore[arg-type]
+        dtype=torch.float32,  # what the loaders give
+    )
+
+
+def _solver(options: Options) -> Solver:
+    given = {"damping": options.damping, "memory": options.memory, "period": options.period}
+    return _SOLVERS[options.solver](**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _adjoint(options: Options) -> Adjoint:
+    if options.adjoint == "exact":
+        return ImplicitAdjoint(solver=_SOLVERS[options.grad_solver]())
+    if options.adjoint == "phantom":
+        return PhantomGradient(steps=1 if options.phantom_steps is None else options.phantom_steps)
+    return Unrolled()
+
+
+def optimizer(options: Options, parameters: Any) -> torch.optim.Optimizer:
+    # fused: one kernel for all parameters, where a small model would spend most of a step in the calls.
+    lr, weight_decay = options.lr, options.weight_decay
+    if options.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+    momentum = 0.9 if options.momentum is None else options.momentum
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def scheduler(options: Options, opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Steps with every batch; its plan is saved with the run and holds after a resume."""
+    return torch.optim.lr_scheduler.LambdaLR(opt, Schedule(options.schedule, steps, options.warmup))
+
+
+class Schedule:
+    """The factor of the learning rate at a step: a linear rise, then the named course over the rest.
+
+    A class and not a closure, because LambdaLR keeps the attributes of an object in its state_dict.
+    """
+
+    def __init__(self, name: str, steps: int, warmup: float) -> None:
+        self.name, self.steps, self.rise = name, steps, max(1, round(warmup * steps))
+
+    def __call__(self, step: int) -> float:
+        if step < self.rise:
+            return (step + 1) / self.rise
+        done = min(1.0, (step - self.rise) / max(1, self.steps - self.rise))
+        if self.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if self.name == "step":
+            return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+        return 1.0
+
+
+def device(who: str, name: str | None) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=name or "cpu").device
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise wrong(who, "--device to be one that is here, such as cpu", f"{name!r} ({reason})") from error

@@ -1,0 +1,156 @@
+"""Every option of `train`, with its default; what a run's folder remembers of how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+from typer import Option
+
+from .._checks import choice, fraction, non_negative, non_negative_int, open_unit, positive, positive_int, wrong
+from ..activations import BUILTIN
+from ..data import NAMES
+
+WHO = "train"
+
+STRUCTURES = ("dense", "triangular", "low-rank")
+CONSTRAINTS = ("row-scaling", "row-projection", "soft-row-scaling")
+SOLVERS = ("auto", "picard", "aitken", "anderson")
+ADJOINTS = ("exact", "phantom", "unrolled")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
+FAILURES = ("warn", "raise", "ignore")
+_data, _model, _solving, _training = (
+    functools.partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Solving", "Training")
+)
+
+
+def _one_of(names: Any) -> str:
+    return " | ".join(names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What decides the outcome of a run.  The defaults of training are those that did best on Fashion-MNIST."""
+
+    data: Annotated[str, _data(help=_one_of(NAMES))] = "digits"
+    root: Annotated[str | None, _data(help="Folder of the datasets; else IMPLICITDL_DATA, else 'data'.")] = None
+    holdout: Annotated[float, _data(help="Share of the training data that chooses the epoch.")] = 0.1
+    split_seed: Annotated[int, _data(help="Seed of the split of digits and of the held-out part.")] = 0
+
+    model: Annotated[str, _model(help="implicit: x = φ(Ax + Bu), y = Cx + Du.")] = "implicit"
+    structure: Annotated[str, _model(help=f"of A: {_one_of(STRUCTURES)}")] = "dense"
+    rank: Annotated[int | None, _model(help="r of a low-rank A = LRᵀ.")] = None
+    hidden_dim: Annotated[int, _model(help="n, the size of the state.")] = 100
+    no_D: Annotated[bool, _model("--no-D", help="Leave out Du.")] = False  # noqa: N815
+    bias: Annotated[bool, _model("--bias/--no-bias", help="b_x and b_y.")] = True
+    kappa: Annotated[float, _model(help="κ in (0, 1); ‖A‖∞ ≤ κ / max|φ'|.")] = 0.99
+    activation: Annotated[str, _model(help=f"φ: {_one_of(BUILTIN)}")] = "relu"
+    constraint: Annotated[str | None, _model(help=f"of a dense A: {_one_of(CONSTRAINTS)}")] = None
+
+    solver: Annotated[str, _solving(help=_one_of(SOLVERS))] = "auto"
+    damping: Annotated[float | None, _solving(help="of picard and anderson, in (0, 2].")] = None
+    memory: Annotated[int | None, _solving(help="of anderson.")] = None
+    period: Annotated[int | None, _solving(help="of aitken.")] = None
+    tol: Annotated[float | None, _solving(help="Relative tolerance; the precision's default.")] = None
+    max_steps: Annotated[int, _solving(help="of the forward solve, per sample.")] = 300
+    adjoint: Annotated[str, _solving(help=_one_of(ADJOINTS))] = "exact"
+    phantom_steps: Annotated[int | None, _solving(help="of the phantom gradient.")] = None
+    grad_solver: Annotated[str, _solving(help=f"of the exact adjoint: {_one_of(SOLVERS)}")] = "auto"
+    grad_tol: Annotated[float | None, _solving(help="of the exact adjoint.")] = None
+    grad_max_steps: Annotated[int | None, _solving(help="of the exact adjoint.")] = None
+    on_failure: Annotated[str, _solving(help=f"What a missed tolerance causes: {_one_of(FAILURES)}")] = "warn"
+
+    epochs: Annotated[int, _training(help="How many in all.")] = 10
+    batch_size: Annotated[int, _training(help="Samples per step.")] = 64
+    lr: Annotated[float, _training(help="The largest learning rate.")] = 3e-3
+    optimizer: Annotated[str, _training(help=_one_of(OPTIMIZERS))] = "adam"
+    weight_decay: Annotated[float, _training(help="≥ 0.")] = 0.0
+    momentum: Annotated[float | None, _training(help="of sgd; 0.9.")] = None
+    schedule: Annotated[str, _training(help=f"{_one_of(SCHEDULES)}; step divides by 10 at 1/2 and 3/4.")] = "cosine"
+    warmup: Annotated[float, _training(help="Share of all steps over which the rate rises.")] = 0.05
+    label_smoothing: Annotated[float, _training(help="In [0, 1).")] = 0.1
+    clip: Annotated[float | None, _training(help="Largest norm of the gradient.")] = None
+    precision: Annotated[str, _training(help=_one_of(PRECISIONS))] = "no"
+    seed: Annotated[int, _training(help="of the weights and the batches.")] = 0
+
+    def check(self) -> Options:
+        """Itself, or an `ArgumentError` about what the library would not word in terms of options."""
+        for name, known in (
+            ("data", NAMES), ("model", ("implicit",)), ("structure", STRUCTURES), ("activation", tuple(BUILTIN)),
+            ("constraint", CONSTRAINTS), ("solver", SOLVERS), ("grad_solver", SOLVERS),
+            ("adjoint", ADJOINTS), ("on_failure", FAILURES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                choice(WHO, flag(name), getattr(self, name), known)
+        for name in ("hidden_dim", "epochs", "batch_size", "max_steps"):
+            positive_int(WHO, flag(name), getattr(self, name))
+        for name in ("seed", "split_seed"):
+            non_negative_int(WHO, flag(name), getattr(self, name))
+        for name in ("warmup", "label_smoothing"):
+            fraction(WHO, flag(name), getattr(self, name))
+        open_unit(WHO, "--kappa", self.kappa)
+        positive(WHO, "--lr", self.lr)
+        non_negative(WHO, "--weight-decay", self.weight_decay)
+        if self.momentum is not None:
+            fraction(WHO, "--momentum", self.momentum)
+        if self.clip is not None:
+            positive(WHO, "--clip", self.clip)
+        if not positive(WHO, "--holdout", self.holdout) < 1:
+            raise wrong(WHO, "0 < --holdout < 1", self.holdout, "The epoch is not chosen on the test set.")
+        self._check_together()
+        return self
+
+    def _check_together(self) -> None:
+        """An option that would have no effect is a mistake."""
+        low_rank = self.structure == "low-rank"
+        if low_rank and self.rank is None:
+            raise wrong(WHO, "--rank with --structure low-rank", "none", "Pass --rank well below --hidden-dim.")
+        for name, goes, partner in (
+            ("rank", low_rank, "--structure low-rank"),
+            ("constraint", self.structure == "dense", "--structure dense"),
+            ("damping", self.solver in ("picard", "anderson"), "--solver picard or anderson"),
+            ("memory", self.solver == "anderson", "--solver anderson"),
+            ("period", self.solver == "aitken", "--solver aitken"),
+            ("phantom_steps", self.adjoint == "phantom", "--adjoint phantom"),
+            ("momentum", self.optimizer == "sgd", "--optimizer sgd"),
+            ("grad_tol", self.adjoint == "exact", "--adjoint exact"),
+            ("grad_max_steps", self.adjoint == "exact", "--adjoint exact"),
+        ):
+            if getattr(self, name) is not None and not goes:
+                raise wrong(WHO, f"{flag(name)} together with {partner}", "it alone", f"Leave out {flag(name)}.")
+        if self.structure == "triangular" and self.adjoint == "unrolled":
+            raise wrong(
+                WHO, "--adjoint exact or phantom with --structure triangular", "unrolled",
+                "A triangular equilibrium is one substitution: there are no iterations to unroll.",
+            )  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of `Options` as its first options, so that each is written down once."""
+    hints = get_type_hints(Options, include_extras=True)
+    own = inspect.signature(function, eval_str=True).parameters
+    parameters = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(Options)
+    ]
+    parameters += [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in own.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
