@@ -1,0 +1,19 @@
+"""All timed rows, one after the other: `make bench`.  Nothing else should run on the machine meanwhile."""
+
+from __future__ import annotations
+
+import epoch
+import memory
+import solve
+import torch
+import training_step
+from timing import machine
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    print(machine())
+    training_step.run()
+    with torch.no_grad():
+        solve.run()
+    epoch.run()
+    memory.run()
