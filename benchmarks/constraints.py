@@ -7,6 +7,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 from fashion import images
+from timing import header
 
 from implicitdl import ImplicitModel, Monitor
 from implicitdl.constraints import Constraint, RowProjection, RowScaling, SoftRowScaling
@@ -14,7 +15,9 @@ from implicitdl.constraints import Constraint, RowProjection, RowScaling, SoftRo
 N, BATCH, EPOCHS, SEEDS = 100, 128, 5, (0, 1, 2)
 
 
-def accuracy(kind: type[Constraint], seed: int, lr: float, u: torch.Tensor, y: torch.Tensor) -> tuple[float, float, float]:
+def accuracy(
+    kind: type[Constraint], seed: int, lr: float, u: torch.Tensor, y: torch.Tensor
+) -> tuple[float, float, float]:
     """Held-out accuracy, last training loss, and mean forward steps; a cosine schedule, 10,000 images held out."""
     torch.manual_seed(seed)
     order = torch.randperm(len(u))
@@ -44,8 +47,7 @@ def accuracy(kind: type[Constraint], seed: int, lr: float, u: torch.Tensor, y: t
 def run() -> None:
     u, y = images()
     print(f"\nConstraint on A, Fashion-MNIST, n = {N}, {EPOCHS} epochs, seeds {SEEDS}: held-out accuracy")
-    print("| constraint | lr | accuracy, mean | lowest | highest | training loss | forward steps |")
-    print("|---|---|---|---|---|---|---|")
+    header("constraint", "lr", "accuracy, mean", "lowest", "highest", "training loss", "forward steps")
     for kind in (RowScaling, RowProjection, SoftRowScaling):
         for lr in (1e-3, 3e-3):
             runs = [accuracy(kind, seed, lr, u, y) for seed in SEEDS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fashion import images, stepper, trained
 from peer import torchidl_model
-from timing import alternate
+from timing import alternate, header
 from torch import nn
 
 from implicitdl import ImplicitModel, Monitor
@@ -19,9 +19,9 @@ def run() -> None:
     u, y = images()
     weights = trained(N, u, y, steps=2 * len(u) // 128)
     hidden = _same_size(sum(weight.numel() for weight in weights.values()))
-    print(f"\nOne epoch of Fashion-MNIST, n = {N}, batch {BATCH}, from weights of two epochs; MLP 784-{hidden}-{hidden}-10")
-    print("| tol / grad_tol | ours s | MLP s | torchidl s, at its defaults | ours ÷ MLP | wanted | torchidl ÷ MLP | steps f/b | missed |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"\nOne epoch of Fashion-MNIST, n = {N}, batch {BATCH}, from weights of two epochs")
+    header("tol / grad_tol", "ours s", f"MLP 784-{hidden}-{hidden}-10 s", "torchidl s, at its defaults", "ours ÷ MLP",
+           "wanted", "torchidl ÷ MLP", "steps f/b", "missed")  # fmt: skip
     for tol, grad_tol in TOLERANCES:
         ours = ImplicitModel(input_dim=784, output_dim=10, hidden_dim=N, tol=tol, grad_tol=grad_tol)
         ours.load_state_dict(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timing import header
 
 from implicitdl import Equilibrium, ImplicitAdjoint, Picard, Unrolled, fixed_point
 from implicitdl.adjoints import Adjoint
@@ -33,8 +34,7 @@ def saved_bytes(steps: int, adjoint: Adjoint) -> int:
 
 def run() -> None:
     print(f"\nKept for backward by one forward pass, n = {N}, batch {BATCH}")
-    print("| adjoint | 10 steps | 1000 steps | ratio |")
-    print("|---|---|---|---|")
+    header("adjoint", "10 steps", "1000 steps", "ratio")
     for adjoint in (ImplicitAdjoint(), ImplicitAdjoint(order=2), Unrolled()):
         few, many = saved_bytes(10, adjoint), saved_bytes(1000, adjoint)
         name = type(adjoint).__name__ + (f"(order={adjoint.order})" if isinstance(adjoint, ImplicitAdjoint) else "()")

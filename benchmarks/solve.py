@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from peer import TorchidlModel, torchidl_model
-from timing import alternate
+from timing import alternate, header
 
 from implicitdl import Equilibrium, fixed_point
 from implicitdl.solvers import Auto
@@ -18,8 +18,9 @@ RTOL, N, P, BATCH = 1e-5, 300, 8, 100
 
 def run() -> None:
     print(f"\nSolve, nonnegative A with ‖A‖∞ = 0.99, n = {N}, batch {BATCH}, relative tolerance {RTOL:.0e}")
-    print("| input terms | ours ms | torchidl ms | torchidl ÷ ours | wanted | our steps | residual ours | torchidl |")
-    print("|---|---|---|---|---|---|---|---|")
+    header(
+        "input terms", "ours ms", "torchidl ms", "torchidl ÷ ours", "wanted", "our steps", "residual ours", "torchidl"
+    )
     torch.manual_seed(0)
     A = torch.rand(N, N)
     A = 0.99 * A / A.sum(dim=1, keepdim=True)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 
-def alternate(sides: dict[str, Callable[[], object]], *, rounds: int, repeats: int = 1, warm_up: int = 2) -> dict[str, float]:
+def alternate(
+    sides: dict[str, Callable[[], object]], *, rounds: int, repeats: int = 1, warm_up: int = 2
+) -> dict[str, float]:
     """Median seconds per call of each side."""
     for _ in range(warm_up):
         for side in sides.values():
@@ -26,3 +28,7 @@ def alternate(sides: dict[str, Callable[[], object]], *, rounds: int, repeats: i
 
 def machine() -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def header(*columns: str) -> None:
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

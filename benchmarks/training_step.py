@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from fashion import images, stepper, trained
 from peer import torchidl_model
-from timing import alternate
+from timing import alternate, header
 from torch import nn
 
 from implicitdl import ImplicitModel, Monitor
@@ -19,8 +19,8 @@ ROWS = [(100, 64, 31, 20, 2.0), (300, 100, 15, 5, 1.7), (1000, 256, 7, 1, 1.3)]
 def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
     u, y = images()
     print(f"\nTraining step on Fashion-MNIST, relative tolerance {RTOL:.0e} forward and backward, same weights")
-    print("| n | batch | ours ms | torchidl ms | MLP ms | torchidl ÷ ours | wanted | ours ÷ MLP | steps ours f/b | residual ours f/b | torchidl f/b |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    header("n", "batch", "ours ms", "torchidl ms", "MLP ms", "torchidl ÷ ours", "wanted", "ours ÷ MLP", "our steps f/b",
+           "our residual f/b", "torchidl's f/b")  # fmt: skip
     for n, batch, rounds, repeats, wanted in rows:
         weights = trained(n, u, y, steps=200)
         ours = ImplicitModel(input_dim=784, output_dim=10, hidden_dim=n, tol=RTOL, grad_tol=RTOL)
@@ -33,7 +33,8 @@ def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
         t = alternate(sides, rounds=rounds, repeats=repeats)
         print(
             f"| {n} | {batch} | {t['ours'] * 1e3:.2f} | {t['theirs'] * 1e3:.2f} | {t['mlp'] * 1e3:.2f} "
-            f"| {t['theirs'] / t['ours']:.2f} | ≥ {wanted} | {t['ours'] / t['mlp']:.2f} | {steps[0]:.1f}/{steps[1]:.1f} "
+            f"| {t['theirs'] / t['ours']:.2f} | ≥ {wanted} | {t['ours'] / t['mlp']:.2f} "
+            f"| {steps[0]:.1f}/{steps[1]:.1f} "
             f"| {reached:.0e}/{grad_reached:.0e} | {theirs_reached:.0e}/{theirs_grad:.0e} |",
             flush=True,
         )

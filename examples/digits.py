@@ -30,7 +30,7 @@ def main(runs: Path, seed: int = 0, epochs: int = 30) -> float:
     data = load("digits", batch_size=64, holdout=0.1)
 
     torch.manual_seed(seed)
-    model = ImplicitModel(data.input_dim, data.output_dim, hidden_dim=256, bias=True, dtype=torch.float32)
+    model = ImplicitModel(data.input_dim, data.output_dim, hidden_dim=256, bias=True)
     opt = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.02, total_steps=epochs * len(data.train_dl))
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from standins import FOLDERS, write_cifar, write_mnist
 
 
@@ -20,11 +21,10 @@ def _float64_and_seed() -> Iterator[None]:
 
 
 @pytest.fixture
-def float32() -> Iterator[None]:
-    """For the seeds, whose numbers were printed in torch's own default."""
+def float32() -> None:
+    """For the seeds, whose numbers were printed in torch's own default; the fixture above puts it back."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from standins import CHANNELS, FOLDERS, write_idx
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from implicitdl._checks import ArgumentError, MissingExtraError
@@ -33,6 +32,7 @@ from implicitdl.data import (
     mnist_load,
     spiky,
 )
+from standins import CHANNELS, FOLDERS, write_idx
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -102,9 +102,7 @@ def test_every_split_is_a_stratified_partition(seed: int, holdout: float) -> Non
 
 
 def joined(first: Images, second: Images) -> Images:
-    return Images(
-        torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]), first.classes
-    )
+    return Images(torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]), first.classes)
 
 
 def test_without_holdout_validation_is_the_test_set() -> None:
@@ -209,18 +207,14 @@ def test_images_are_what_to_tensor_gives(name: str, kind: str, dtype: torch.dtyp
     torchvision = import_torchvision()
     ours = load(name, 8, root, download=False)
     for train, images in ((True, ours.train_ds), (False, ours.test_ds)):
-        theirs = getattr(torchvision.datasets, kind)(
-            root, train=train, transform=torchvision.transforms.ToTensor()
-        )
+        theirs = getattr(torchvision.datasets, kind)(root, train=train, transform=torchvision.transforms.ToTensor())
         assert len(images) == len(theirs)
         for mine, (image, label) in zip(images, theirs, strict=True):
             assert torch.equal(mine[0], image)
             assert mine[1] == label
 
 
-def test_numpys_warning_of_cifars_old_pickles_is_not_the_users(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numpys_warning_of_cifars_old_pickles_is_not_the_users(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cifar = import_torchvision().datasets.CIFAR10
     load_meta = cifar._load_meta
 
@@ -270,9 +264,7 @@ def test_real_fashion_mnist(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_archives_laid_out_by_hand_are_unpacked_without_a_network(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archives_laid_out_by_hand_are_unpacked_without_a_network(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = []
     for path in sorted((root / FOLDERS["mnist"]).iterdir()):
         archive = path.with_name(f"{path.name}.gz")
@@ -544,9 +536,7 @@ OPERATIONS = {
 )
 def test_arithmetic_targets(task: str, ends: tuple, factor: float, seed: int) -> None:
     (n, m), (p, q) = ends
-    u, y, u_test, y_test = arithmetic(
-        task, inputs=7, samples=20, factor=factor, slices=((n, m), (p, q)), seed=seed
-    )
+    u, y, u_test, y_test = arithmetic(task, inputs=7, samples=20, factor=factor, slices=((n, m), (p, q)), seed=seed)
     for inputs, targets, half_width in ((u, y, 1.0), (u_test, y_test, factor / 2)):
         assert inputs.shape == (20, 7)
         assert targets.shape == (20, 1)

@@ -95,9 +95,7 @@ def test_anderson_is_invariant_to_the_scale_of_the_state():
     b = torch.randn(3, 20)
 
     def steps(scale):
-        return fixed_point(
-            lambda x, b: x @ A.t() + b, torch.zeros(3, 20), scale * b, solver=Anderson()
-        ).steps.tolist()
+        return fixed_point(lambda x, b: x @ A.t() + b, torch.zeros(3, 20), scale * b, solver=Anderson()).steps.tolist()
 
     assert steps(1e-12) == steps(1.0) == steps(1e12)
 
@@ -127,9 +125,7 @@ def test_max_steps_counts_evaluations_of_f():
 
 def test_trace_has_the_residual_of_every_evaluation_and_nan_after_the_end():
     rate = torch.tensor([[0.1], [0.9]])
-    solution = fixed_point(
-        lambda x, c: c * x + 1, torch.zeros(2, 1), rate, solver=Picard(max_steps=400), trace=True
-    )
+    solution = fixed_point(lambda x, c: c * x + 1, torch.zeros(2, 1), rate, solver=Picard(max_steps=400), trace=True)
     assert solution.trace.shape == (int(solution.steps.max()), 2)
     for sample, steps in enumerate(solution.steps.tolist()):
         column = solution.trace[:, sample]

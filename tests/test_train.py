@@ -1230,7 +1230,7 @@ def test_the_seeds_own_training_loop(tmp_path, monkeypatch, capsys):
                 valid_res = get_valid_accuracy(model, loss_fn, valid_dl, device)
                 log_dict = {"batch": j, "loss": loss, "valid_loss": valid_res[0], "valid_acc": valid_res[1]}
                 logger.log(log_dict, model, "valid_acc")
-                j += 1  # noqa: SIM113
+                j += 1
             print(f"--------------epoch: {i}. loss: {loss}")
             pass
         return model, logger

@@ -150,7 +150,9 @@ class TestResiduals:
         np.testing.assert_allclose(median.get_xydata(), [[1, 0.8], [2, 0.3], [3, 0.3]])
         assert list(tolerance.get_ydata()) == [0.05, 0.05]
         (band,) = forward.collections
-        assert band.get_datalim(forward.transData).y1 == pytest.approx(0.94)  # 90 % of 0.5, 0.8, 1.0
+        assert band.get_datalim(forward.transData).y1 == pytest.approx(
+            0.96
+        )  # 90 % of 0.5, 0.8, 1.0, between neighbours
         assert [text.get_text() for text in backward.texts] == ["no trace of this solve"]
         assert not backward.lines
 
@@ -178,7 +180,7 @@ class TestResiduals:
         assert not viz.residuals(solution).axes[1].lines
 
     def test_refuses_a_solve_without_a_trace(self):
-        with pytest.raises(ArgumentError, match="residuals: expected a trace, got none. Solve with trace=True"):
+        with pytest.raises(ArgumentError, match=r"residuals: expected a trace, got none\. Solve with trace=True"):
             viz.residuals(fixed_point(torch.cos, torch.zeros(1, 1)))
 
 
@@ -249,11 +251,11 @@ class TestFiles:
         assert isinstance(draw(path), Figure)
         pixels = imread(path)
         assert min(pixels.shape[:2]) > 500
-        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+        assert pixels[..., :3].std() > 0.05
         assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
 
     def test_a_suffix_that_is_no_format_writes_nothing(self, draw, tmp_path):
-        with pytest.raises(ArgumentError, match="a path that ends in one of .*png.*, got '.*picture.doc'"):
+        with pytest.raises(ArgumentError, match=r"a path that ends in one of .*png.*, got '.*picture\.doc'"):
             draw(tmp_path / "picture.doc")
         assert not list(tmp_path.iterdir())
 

@@ -71,13 +71,9 @@ def choice(who: str, name: str, value: Any, known: Any) -> Any:
 def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
     """Data must have the dtype and the device of the weights; autocast casts the dtype by itself."""
     if tensor.device != like.device:
-        raise wrong(
-            who, f"{name} on {like.device}", tensor.device, f"Move one of them: {name}.to('{like.device}')."
-        )
+        raise wrong(who, f"{name} on {like.device}", tensor.device, f"Move one of them: {name}.to('{like.device}').")
     if tensor.dtype != like.dtype and not torch.is_autocast_enabled(tensor.device.type):
-        raise wrong(
-            who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype})."
-        )
+        raise wrong(who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype}).")
 
 
 def finite(who: str, name: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,11 @@ class Activation:
         """max |φ'|: ‖A‖∞ ≤ κ / lipschitz makes x ↦ φ(Ax + b) a contraction."""
         return max(abs(self.slope[0]), abs(self.slope[1]))
 
-    def __reduce_ex__(self, protocol: object) -> object:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # phi and dphi may be lambdas, which pickle refuses; a built-in is found again by its name.
         if BUILTIN.get(self.name) is self:
             return _builtin, (self.name,)
-        return super().__reduce_ex__(protocol)  # type: ignore[arg-type]
+        return super().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: object) -> Activation:
         return self
@@ -112,9 +113,7 @@ LEAKY_RELU = Activation(
 )
 IDENTITY = Activation("identity", lambda z: z, torch.ones_like, (1.0, 1.0), homogeneous=True)
 TANH = Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, (0.0, 1.0))
-SIGMOID = Activation(
-    "sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), (0.0, 0.25)
-)
+SIGMOID = Activation("sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), (0.0, 0.25))
 HARDTANH = Activation("hardtanh", F.hardtanh, lambda z: (z.abs() < 1).to(z.dtype), (0.0, 1.0))
 SOFTPLUS = Activation("softplus", F.softplus, torch.sigmoid, (0.0, 1.0))
 ELU = Activation("elu", F.elu, lambda z: torch.exp(z.clamp(max=0)), (0.0, 1.0))
@@ -122,8 +121,7 @@ SILU = Activation("silu", F.silu, _silu_slope, (1 - _SILU, _SILU))
 GELU = Activation("gelu", F.gelu, _gelu_slope, (1 - _GELU, _GELU))
 
 BUILTIN: dict[str, Activation] = {
-    a.name: a
-    for a in (RELU, LEAKY_RELU, IDENTITY, TANH, SIGMOID, HARDTANH, SOFTPLUS, ELU, SILU, GELU)
+    a.name: a for a in (RELU, LEAKY_RELU, IDENTITY, TANH, SIGMOID, HARDTANH, SOFTPLUS, ELU, SILU, GELU)
 }
 
 
@@ -154,5 +152,5 @@ def from_function(phi: Elementwise, dphi: Elementwise | None = None, *, name: st
     """
     if dphi is None and phi in _BY_FUNCTION:
         return _BY_FUNCTION[phi]
-    name = name or getattr(phi, "__qualname__", type(phi).__name__)
-    return bounded_numerically(name, phi, derivative_of(phi) if dphi is None else dphi)
+    own_name = getattr(phi, "__qualname__", type(phi).__name__)
+    return bounded_numerically(str(name or own_name), phi, derivative_of(phi) if dphi is None else dphi)

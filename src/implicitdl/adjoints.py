@@ -177,7 +177,7 @@ class _AdjointMap:
     def __call__(self, v: Tensor) -> Tensor:
         return self._g + self._product(v)
 
-    def take(self, rows: Tensor) -> None:
+    def take(self, rows: Tensor) -> RowMap | None:
         return None
 
 
@@ -224,7 +224,7 @@ class _Attach(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _first_order(ctx, g), None, None
 
 
@@ -257,7 +257,7 @@ class _Source(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> None:
         return None
 
 
@@ -289,7 +289,7 @@ class _Point(torch.autograd.Function):
         return x.detach(), torch.zeros_like(x)
 
     @staticmethod
-    def backward(ctx: Any, from_f: Tensor, first_order_part: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, from_f: Tensor, first_order_part: Tensor) -> tuple[Tensor | None, ...]:
         g = from_f + first_order_part
         # A thousand roundings: both sides are the same product, summed by f's graph in an order of its own.
         rounding = 1e3 * torch.finfo(g.dtype).eps * first_order_part.abs().amax(dim=1)
@@ -310,7 +310,7 @@ class _NewtonStep(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         v = ctx.solve(g)
         fx, point = ctx.saved_tensors
         Jtv = vjp(fx, point, v, create_graph=torch.is_grad_enabled())
@@ -329,7 +329,7 @@ class _TransposedSolve(torch.autograd.Function):
         return torch.zeros_like(r)
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         w = ctx.solve.transposed(h)
         if torch.is_grad_enabled():
             w = _FirstOrderOnly.apply(w, h, *ctx.saved_tensors)
@@ -341,9 +341,7 @@ def vjp(y: Tensor, x: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
     with torch.enable_grad():
-        (product,) = torch.autograd.grad(
-            y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+        (product,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(x) if product is None else product
 
 

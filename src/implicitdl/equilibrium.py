@@ -17,7 +17,7 @@ class RowMap(Protocol):
     #: Evaluations between two looks at the residual.  A look costs about as much as a sweep of a small model.
     check_interval: int
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
     def take(self, rows: Tensor) -> RowMap | None:
         """The same map for some of the samples; None when data hides in a closure and cannot be indexed."""

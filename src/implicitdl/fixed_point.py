@@ -75,9 +75,7 @@ def fixed_point(
     )  # fmt: skip
     if rows is start:  # x0 was the solution; the user may go on to change either in place
         rows = rows.clone()
-    return Solution(
-        problem.leave(rows), outcome.residual, outcome.steps, outcome.converged, outcome.trace, report
-    )
+    return Solution(problem.leave(rows), outcome.residual, outcome.steps, outcome.converged, outcome.trace, report)
 
 
 def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> Solution:
@@ -97,7 +95,10 @@ def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> S
 
     def f(x: State, *args: Tensor) -> State:
         gx = g(x, *args)
-        return tuple(a - b for a, b in zip(x, gx, strict=True)) if isinstance(x, tuple) else x - gx
+        if isinstance(x, tuple):
+            return tuple(part - step for part, step in zip(x, gx, strict=True))
+        assert isinstance(gx, Tensor)
+        return x - gx
 
     return fixed_point(f, x0, *args, **options)
 
@@ -134,9 +135,7 @@ class _RowsOf:
         if not self._tuple:
             return rows.view(-1, *self._shapes[0])
         sizes = [prod(shape) for shape in self._shapes]
-        return tuple(
-            part.reshape(-1, *shape) for part, shape in zip(rows.split(sizes, 1), self._shapes, strict=True)
-        )
+        return tuple(part.reshape(-1, *shape) for part, shape in zip(rows.split(sizes, 1), self._shapes, strict=True))
 
     @staticmethod
     def _pack(parts: tuple[Tensor, ...]) -> Tensor:
@@ -144,9 +143,7 @@ class _RowsOf:
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
-def _check(
-    who: str, solver: Solver, adjoint: Adjoint, on_failure: str, x0: State, args: tuple[Tensor, ...]
-) -> None:
+def _check(who: str, solver: Solver, adjoint: Adjoint, on_failure: str, x0: State, args: tuple[Tensor, ...]) -> None:
     if not isinstance(solver, Solver):
         raise wrong(who, "solver to be a Solver", repr(solver), "Pass an instance, such as Anderson().")
     if not isinstance(adjoint, Adjoint):
@@ -155,7 +152,7 @@ def _check(
     parts = x0 if isinstance(x0, tuple) else (x0,)
     for part in parts:
         if not isinstance(part, Tensor) or not part.is_floating_point():
-            got = part.dtype if isinstance(part, Tensor) else type(part).__name__
+            got: object = part.dtype if isinstance(part, Tensor) else type(part).__name__
             raise wrong(who, "x0 of floating-point tensors", got)
         if part.dim() == 0 or part.numel() == 0:
             raise wrong(who, "x0 of shape (batch ≥ 1, *state)", tuple(part.shape))

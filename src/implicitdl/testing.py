@@ -58,9 +58,7 @@ class Problem:
         """One of its samples, alone."""
         one = slice(i, i + 1)
         args = tuple(arg[one] for arg in self.args)
-        return Problem(
-            self.name, self.f, self.x0[one], args, self.exact[one], self.solvable[one], self.conditioning
-        )
+        return Problem(self.name, self.f, self.x0[one], args, self.exact[one], self.solvable[one], self.conditioning)
 
 
 def problems() -> list[Problem]:
@@ -146,9 +144,10 @@ def check_solver(solver: Solver, problem: Problem) -> None:
     assert (error <= bound).all(), f"{problem.name}: error {float(error.max()):.1e}"
 
     for i in range(len(value)):
-        alone = _quietly(lambda i=i: problem.sample(i).solve(solver))  # type: ignore[misc]
+        one = problem.sample(i)
+        alone = _quietly(lambda one=one: one.solve(solver))  # type: ignore[misc]
         assert int(alone.steps) == int(solution.steps[i]), f"{problem.name}: steps depend on the batch"
-        assert torch.allclose(alone.value[0], value[i], rtol=1e-9, atol=1e-12), (  # type: ignore[arg-type]
+        assert torch.allclose(alone.value[0], value[i], rtol=1e-9, atol=1e-12), (
             f"{problem.name}: sample {i} depends on its batch-mates"
         )
 

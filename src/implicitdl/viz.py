@@ -78,7 +78,7 @@ def spectral_figures(A: np.ndarray) -> SpectralFigures:
     Example:
         >>> import numpy as np
         >>> found = spectral_figures(np.array([[0.0, -0.5], [0.5, 0.0]]))
-        >>> found.norm, round(found.perron, 6), found.radius
+        >>> found.norm, round(found.perron, 6), round(found.radius, 6)
         (0.5, 0.5, 0.5)
     """
     eigenvalues = np.linalg.eigvals(A)
@@ -325,7 +325,7 @@ def training_curves(
         ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
         ax.legend(frameon=False, fontsize=9)
     for ax in (steps, missed):
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * max(ax.dataLim.y1, 1e-3))
     if not any(row.get("missed") or row.get("valid_missed") for row in rows):
         # A line along the axis is not seen, and matplotlib would scale it to meaningless digits.
         missed.set_ylim(0, 0.1)
@@ -385,8 +385,8 @@ def quantiles(trace: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
         ended = np.isnan(held[step])
         held[step, ended] = held[step - 1, ended]
     there = ~np.isnan(held).all(axis=1)
-    # A residual of exactly 0 has no place on a logarithmic axis; float64's rounding is as good as solved.
-    held = np.maximum(held[there], np.finfo(np.float64).eps)
+    # 0 has no place on a logarithmic axis, and below the rounding of the solve there is nothing to see.
+    held = np.maximum(held[there], torch.finfo(trace.dtype).eps)
     low, middle, high = np.nanquantile(held, [0.1, 0.5, 0.9], axis=1)
     return np.flatnonzero(there) + 1, low, middle, high
 

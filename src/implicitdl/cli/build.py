@@ -56,8 +56,8 @@ def model(options: Options, input_dim: int, output_dim: int) -> ImplicitModel:
 
 
 def _solver(options: Options) -> Solver:
-    given = {"damping": options.damping, "memory": options.memory, "period": options.period}
-    return _SOLVERS[options.solver](**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"damping": options.damping, "memory": options.memory, "period": options.period}
+    return _SOLVERS[options.solver](**{name: value for name, value in given.items() if value is not None})
 
 
 def _adjoint(options: Options) -> Adjoint:

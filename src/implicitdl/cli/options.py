@@ -46,7 +46,7 @@ class Options:
     structure: Annotated[str, _model(help=f"of A: {_one_of(STRUCTURES)}")] = "dense"
     rank: Annotated[int | None, _model(help="r of a low-rank A = LRᵀ.")] = None
     hidden_dim: Annotated[int, _model(help="n, the size of the state.")] = 100
-    no_D: Annotated[bool, _model("--no-D", help="Leave out Du.")] = False  # noqa: N815
+    no_D: Annotated[bool, _model("--no-D", help="Leave out Du.")] = False
     bias: Annotated[bool, _model("--bias/--no-bias", help="b_x and b_y.")] = True
     kappa: Annotated[float, _model(help="κ in (0, 1); ‖A‖∞ ≤ κ / max|φ'|.")] = 0.99
     activation: Annotated[str, _model(help=f"φ: {_one_of(BUILTIN)}")] = "relu"
@@ -75,7 +75,7 @@ class Options:
     warmup: Annotated[float, _training(help="Share of all steps over which the rate rises.")] = 0.05
     label_smoothing: Annotated[float, _training(help="In [0, 1).")] = 0.1
     clip: Annotated[float | None, _training(help="Largest norm of the gradient.")] = None
-    precision: Annotated[str, _training(help=_one_of(PRECISIONS))] = "no"
+    precision: Annotated[str | None, _training(help=f"{_one_of(PRECISIONS)}; else what launched it says.")] = None
     seed: Annotated[int, _training(help="of the weights and the batches.")] = 0
 
     def check(self) -> Options:

@@ -97,7 +97,7 @@ class _ScaleRows(torch.autograd.Function):
         return v * scale
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
         # operations of v, s included, when a second derivative is to be taken.
         v, scale = ctx.saved_tensors

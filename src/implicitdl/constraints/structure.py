@@ -101,7 +101,7 @@ class _RowNorms(torch.autograd.Function):
         return torch.cat([(block @ R.t()).abs().sum(dim=1) for block in _blocks(L, R)])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         # d‖row‖₁ = sign(row)·d(row).  Written in differentiable operations: sign is constant almost everywhere.
         L, R = ctx.saved_tensors
         dL, dR = [], torch.zeros_like(R)

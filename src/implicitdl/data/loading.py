@@ -142,9 +142,7 @@ def _stratified(images: Images, share: float, seed: int) -> tuple[Images, Images
     return images.take(torch.from_numpy(kept)), images.take(torch.from_numpy(held))
 
 
-def mnist_load(
-    batch_size: int, root: str | os.PathLike[str] | None = None
-) -> tuple[Images, Loader, Images, Loader]:
+def mnist_load(batch_size: int, root: str | os.PathLike[str] | None = None) -> tuple[Images, Loader, Images, Loader]:
     """MNIST as the implicit deep learning examples load it: validation is the standard test set.
 
     Arguments:
@@ -165,9 +163,7 @@ def mnist_load(
     return train_ds, train_dl, valid_ds, valid_dl
 
 
-def cifar_load(
-    batch_size: int, root: str | os.PathLike[str] | None = None
-) -> tuple[Images, Loader, Images, Loader]:
+def cifar_load(batch_size: int, root: str | os.PathLike[str] | None = None) -> tuple[Images, Loader, Images, Loader]:
     """CIFAR-10 as the implicit deep learning examples load it: validation is the standard test set.
 
     Arguments:

@@ -66,9 +66,7 @@ def import_torchvision() -> ModuleType:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     for operator in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return extra("torchvision", "data")
 
 
@@ -79,9 +77,7 @@ def data_root(root: str | os.PathLike[str] | None) -> Path:
         raise wrong("load", "root to be a path", repr(root))
     path = Path(chosen).expanduser()
     if path.exists() and not path.is_dir():
-        raise wrong(
-            "load", "root to be a folder", f"the file {path}", "Name the folder that holds the datasets."
-        )
+        raise wrong("load", "root to be a folder", f"the file {path}", "Name the folder that holds the datasets.")
     return path
 
 
@@ -89,9 +85,7 @@ def digits() -> Images:
     """The 1,797 digits of 8 × 8 pixels, 0 … 16, that ship inside scikit-learn."""
     source = extra("sklearn.datasets", "data").load_digits()
     pixels = torch.from_numpy(source.images).to(torch.uint8)[:, None]
-    return Images(
-        pixels, torch.from_numpy(source.target), [str(name) for name in source.target_names], white=16
-    )
+    return Images(pixels, torch.from_numpy(source.target), [str(name) for name in source.target_names], white=16)
 
 
 def torchvision_split(name: str, root: Path, *, train: bool, download: bool) -> Images:

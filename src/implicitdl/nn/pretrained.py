@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _store, activations, adjoints, constraints, solvers
 from .._checks import wrong
@@ -58,14 +59,14 @@ def config(model: ImplicitModel) -> dict[str, Any]:
     }
 
 
-def split_bias_columns(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def split_bias_columns(module: ImplicitModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load torchidl's layout as it is: there the bias is a last column of B and D, fed with a constant 1."""
     B = state_dict.get(prefix + "B")
     if not module.bias or prefix + "b_x" in state_dict or B is None or B.shape[1] != module.input_dim + 1:
         return
     state_dict[prefix + "B"], state_dict[prefix + "b_x"] = B[:, :-1], B[:, -1]
     D = state_dict.get(prefix + "D")
-    state_dict[prefix + "b_y"] = B.new_zeros(module.output_dim) if D is None else D[:, -1]  # type: ignore[misc]
+    state_dict[prefix + "b_y"] = B.new_zeros(module.output_dim) if D is None else D[:, -1]
     if D is not None:
         state_dict[prefix + "D"] = D[:, :-1]
 
@@ -108,7 +109,7 @@ def _classes(module: Any) -> dict[str, Any]:
 
 
 _SETTINGS = _classes(solvers) | _classes(adjoints)
-_REVIVERS = {
+_REVIVERS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "f": (_classes(function), _by_name),
     "activation": (activations.BUILTIN, _by_name),
     "constraint": (_classes(constraints), _by_name),

@@ -156,9 +156,13 @@ def _counts(lengths: Tensor, x: Tensor) -> Tensor:
     """Lengths from lengths or from a mask."""
     batch, steps = x.shape[:2]
     if lengths.dtype == torch.bool:
-        counts = lengths.sum(dim=1) if lengths.shape == (batch, steps) else lengths.new_empty(0)
-        if counts.shape != (batch,) or not bool((lengths == (torch.arange(steps, device=lengths.device) < counts.unsqueeze(1))).all()):
-            raise wrong("ImplicitRNNCell", f"a mask of shape (batch={batch}, steps={steps}) that starts with its True", tuple(lengths.shape))
+        ahead = lengths.shape == (batch, steps) and not bool((lengths[:, 1:] & ~lengths[:, :-1]).any())
+        if not ahead:
+            raise wrong(
+                "ImplicitRNNCell", f"a mask of shape (batch={batch}, steps={steps}) that starts with its True",
+                f"shape {tuple(lengths.shape)}" + (", True after False" if lengths.shape == (batch, steps) else ""),
+            )  # fmt: skip
+        counts = lengths.sum(dim=1)
     else:
         counts = lengths
     if counts.shape != (batch,) or int(counts.min()) < 1 or int(counts.max()) > steps:

@@ -80,9 +80,7 @@ def solver(f: type[ImplicitFunction], given: Solver | None, tol: float | None, m
     return _with(base, tol, mitr)
 
 
-def adjoint(
-    f: type[ImplicitFunction], given: Adjoint | None, grad_tol: float | None, grad_mitr: int | None
-) -> Adjoint:
+def adjoint(f: type[ImplicitFunction], given: Adjoint | None, grad_tol: float | None, grad_mitr: int | None) -> Adjoint:
     if given is not None and not isinstance(given, Adjoint):
         raise wrong(_WHO, "adjoint to be an Adjoint", repr(given), "Pass an instance, such as ImplicitAdjoint().")
     base = given if given is not None else ImplicitAdjoint(solver=_with(Auto(), f.grad_tol, f.grad_mitr))
@@ -97,9 +95,9 @@ def adjoint(
 
 
 def _with(solver: Solver, rtol: float | None, max_steps: int | None) -> Solver:
-    return replace(
-        solver, rtol=_first(rtol, solver.rtol), max_steps=_first(max_steps, solver.max_steps)
-    )  # type: ignore[arg-type]
+    if rtol is not None:
+        solver = replace(solver, rtol=rtol)
+    return solver if max_steps is None else replace(solver, max_steps=max_steps)
 
 
 def _first(*values: T | None) -> T | None:

@@ -1,8 +1,9 @@
-"""Picard iteration with a vector Aitken step now and then: nearly the price of the one, much of the speed of Anderson."""
+"""Picard iteration with a vector Aitken step now and then: nearly its price, much of the speed of Anderson."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

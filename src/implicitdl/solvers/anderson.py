@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ class Anderson(Solver):
         return x.to(out_dtype), _History(dR, dF, gram, valid, r, fx, best, state.step + 1), 0
 
     def take(self, state: _History, rows: Tensor) -> _History:
-        return _History(*(part if isinstance(part, int) else part[rows] for part in state))
+        parts = {name: part[rows] for name, part in state._asdict().items() if name != "step"}
+        return _History(**parts, step=state.step)
 
     def _damped(self, fx: Tensor, r: Tensor) -> Tensor:
         return fx if self.damping == 1.0 else fx - (1.0 - self.damping) * r

@@ -21,9 +21,7 @@ class _AitkenWhileFast(Aitken):
 
     overhead: int = 1
 
-    def hand_over(
-        self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float
-    ) -> np.ndarray | None:
+    def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
         # 0.7 a step: where acceleration begins to save evaluations on most spectra (THEORY §5.6).
         slow: np.ndarray = residual > 0.7**steps * previous
         if not slow.any():

@@ -38,7 +38,7 @@ class Solver(ABC):
         who = type(self).__name__
         non_negative(who, "atol", self.atol)
         positive_int(who, "max_steps", self.max_steps)
-        if self.rtol is not None and not 0.0 < non_negative(who, "rtol", self.rtol):
+        if self.rtol is not None and not non_negative(who, "rtol", self.rtol) > 0.0:
             raise wrong(who, "rtol > 0", self.rtol, "Use atol for an absolute tolerance beside it.")
 
     def tolerance(self, dtype: torch.dtype) -> float:

@@ -1,0 +1,444 @@
+"""The command line: whole runs, and every bad input as one line with exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import implicitdl
+from implicitdl import Aitken, Anderson, ImplicitAdjoint, ImplicitModel, PhantomGradient, Picard, Unrolled, _store, viz
+from implicitdl.activations import TANH
+from implicitdl.cli import build, main, report
+from implicitdl.cli.options import Options
+from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, StrictlyUpper
+from implicitdl.train.epoch import Epochs
+from standins import write_mnist
+
+# A process of its own computes in float32, whatever the other tests like.
+pytestmark = pytest.mark.usefixtures("float32")
+
+SMALL = ["train", "--hidden-dim", "8", "--epochs", "2", "--batch-size", "128"]
+LAST_LINE = re.compile(r"test accuracy: \d+\.\d\d %")
+
+
+def refused(capsys, arguments: list[object]) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class TestRun:
+    def test_train_reports_and_ends_with_the_accuracy(self, tmp_path, capsys):
+        assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+        out, err = capsys.readouterr()
+        *_, missed, accuracy = out.splitlines()
+        assert missed == "missed the tolerance: 0.000% of 360 test samples, 0.000% of the solves in training"
+        assert LAST_LINE.fullmatch(accuracy)
+        assert err == ""
+        assert "digits: 1,293 to train on, 144 held out, 360 to test on" in out
+
+    def test_a_run_without_a_name_gets_a_new_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            assert main([*SMALL, "--epochs", "1"]) == 0
+        assert sorted(path.name for path in Path("runs").iterdir()) == ["digits-n8-1", "digits-n8-2"]
+
+    def test_evaluate_repeats_the_test(self, run, capsys):
+        assert main(["evaluate", str(run)]) == 0
+        *_, accuracy = capsys.readouterr().out.splitlines()
+        data = implicitdl.data.load("digits", 64, holdout=0.1)
+        best = ImplicitModel.from_pretrained(run / "best")
+        u, y = data.test_ds.pixels.float().flatten(1) / 16, data.test_ds.labels
+        assert accuracy == f"test accuracy: {100 * (best(u).argmax(1) == y).float().mean():.2f} %"
+
+    def test_plot_writes_four_pictures_and_prints_their_paths(self, run, capsys):
+        assert main(["plot", str(run)]) == 0
+        paths = capsys.readouterr().out.split()
+        assert paths == [str(run / "plots" / f"{name}.png") for name in ("training", "residuals", "spy", "spectrum")]
+        for path in paths:
+            assert imread(path)[..., :3].std() > 0.05  # not blank
+
+    def test_info_has_the_model_s_figures(self, run, capsys):
+        assert main(["info", str(run)]) == 0
+        out = capsys.readouterr().out
+        model = ImplicitModel.from_pretrained(run / "best")
+        found = viz.spectral_figures(viz.constrained(model))
+        for words in (
+            "n = 8, p = 64, q = 10", f"{sum(w.numel() for w in model.parameters()):,}", "0.99", f"{found.norm:.6f}",
+            f"[{found.perron_low:.6f}, {found.perron_high:.6f}]", f"{found.radius:.6f}", "512 of 512, sparsity 0.00%",
+        ):  # fmt: skip
+            assert words in out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--structure", "triangular"], ["28 of 64, sparsity 56.25%", "in [0.000000, 0.000000]"]),
+            (["--structure", "low-rank", "--rank", "2", "--no-D"], ["L nonzero", "16 of 16", "not there", "rank 2"]),
+            (["--adjoint", "phantom", "--constraint", "row-projection"], ["none", "RowProjection"]),
+        ],
+    )
+    def test_every_kind_of_model_goes_all_the_way(self, options, words, tmp_path, capsys):
+        folder = str(tmp_path / "run")
+        assert main([*SMALL, "--epochs", "1", *options, "--out", folder]) == 0
+        for command in ("evaluate", "plot", "info"):
+            assert main([command, folder]) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+
+    def test_the_folder_holds_what_a_model_is_rebuilt_from(self, run):
+        saved = json.loads((run / "run.json").read_text())
+        assert saved["options"] == dataclasses.asdict(Options(hidden_dim=8, epochs=2, batch_size=128))
+        assert saved["model"]["arguments"]["hidden_dim"] == 8
+
+    def test_other_datasets_by_name_and_root(self, tmp_path, capsys):
+        write_mnist(tmp_path / "FashionMNIST" / "raw")
+        options = ["--data", "fashion-mnist", "--root", tmp_path, "--holdout", "0.5", "--epochs", "1"]
+        assert main([str(word) for word in [*SMALL, *options, "--out", tmp_path / "run"]]) == 0
+        shutil.move(tmp_path / "FashionMNIST", tmp_path / "moved" / "FashionMNIST")
+        assert "FashionMNIST" in refused(capsys, ["evaluate", tmp_path / "run"])
+        assert main(["evaluate", str(tmp_path / "run"), "--root", str(tmp_path / "moved")]) == 0
+        assert "of 20 test samples" in capsys.readouterr().out
+
+
+class TestResume:
+    def test_a_finished_run_is_tested_again(self, run, capsys):
+        before = (run / "metrics.jsonl").read_text()
+        assert main(["evaluate", str(run)]) == 0
+        accuracy = capsys.readouterr().out.splitlines()[-1]
+        assert main(["train", "--resume", "--out", str(run)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == accuracy
+        assert (run / "metrics.jsonl").read_text() == before
+
+    def test_an_interrupted_run_goes_on_to_the_same_numbers(self, finished, tmp_path, monkeypatch, capsys):
+        train_epoch = Epochs.epoch
+
+        def interrupted(self, epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            train_epoch(self, epoch)
+
+        folder = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(Epochs, "epoch", interrupted)
+            assert main([*SMALL, "--out", str(folder)]) == 130
+        err = capsys.readouterr().err
+        assert err == f"implicitdl: interrupted; go on with: implicitdl train --resume --out {folder}\n"
+        assert main(["train", "--resume", "--out", str(folder)]) == 0
+        assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+        assert (folder / "best" / "model.safetensors").read_bytes() == (
+            finished / "best" / "model.safetensors"
+        ).read_bytes()
+
+    def test_where_nothing_was_saved_yet_the_run_starts(self, tmp_path):
+        assert main([*SMALL, "--epochs", "1", "--resume", "--out", str(tmp_path / "run")]) == 0
+
+    def test_options_given_again_must_be_the_same(self, run, capsys):
+        assert main([*SMALL, "--resume", "--out", str(run)]) == 0
+        line = refused(capsys, [*SMALL, "--lr", "1", "--resume", "--out", run])
+        assert "expected --lr as it was (0.003), got 1.0. Leave it out" in line
+
+    def test_a_cosine_schedule_has_its_length(self, run, capsys):
+        line = refused(capsys, ["train", "--epochs", "3", "--resume", "--out", run])
+        assert "expected --epochs as it was (2), got 3" in line
+
+    def test_a_constant_rate_can_be_followed_longer_but_not_shorter(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        assert main([*SMALL, "--schedule", "constant", "--out", str(folder)]) == 0
+        assert "expected epochs ≥ 2" in refused(capsys, ["train", "--epochs", "1", "--resume", "--out", folder])
+        assert json.loads((folder / "run.json").read_text())["options"]["epochs"] == 2
+        assert main(["train", "--epochs", "3", "--resume", "--out", str(folder)]) == 0
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+    def test_needs_a_folder(self, capsys):
+        assert "expected --out with --resume, got none" in refused(capsys, ["train", "--resume"])
+
+
+BAD = {
+    "--data letters": "expected --data to be one of digits, mnist",
+    "--model mlp": "expected --model to be one of implicit, got 'mlp'",
+    "--structure sparse": "expected --structure to be one of dense, triangular, low-rank, got 'sparse'",
+    "--activation swish": "expected --activation to be one of relu",
+    "--constraint ball": "expected --constraint to be one of row-scaling",
+    "--solver newton": "expected --solver to be one of auto, picard",
+    "--grad-solver newton": "expected --grad-solver to be one of",
+    "--adjoint none": "expected --adjoint to be one of exact",
+    "--optimizer lion": "expected --optimizer to be one of adam",
+    "--schedule linear": "expected --schedule to be one of cosine",
+    "--precision int8": "expected --precision to be one of no, bf16, fp16",
+    "--precision fp16": "expected an accelerator for mixed_precision='fp16', got the CPU",
+    "--on-failure cry": "expected --on-failure to be one of warn",
+    "--device tpu9": "expected --device to be one that is here",
+    "--hidden-dim -3": "expected --hidden-dim to be a positive integer, got -3",
+    "--epochs 0": "expected --epochs to be a positive integer, got 0",
+    "--batch-size 0": "expected --batch-size to be a positive integer, got 0",
+    "--max-steps -1": "expected --max-steps to be a positive integer, got -1",
+    "--grad-max-steps 0": "expected max_steps to be a positive integer, got 0",
+    "--threads 0": "expected --threads to be a positive integer, got 0",
+    "--seed -1": "expected --seed to be an integer ≥ 0, got -1",
+    "--split-seed -1": "expected --split-seed to be an integer ≥ 0, got -1",
+    "--kappa 1": "expected --kappa strictly between 0 and 1, got 1.0",
+    "--kappa 0": "expected --kappa strictly between 0 and 1, got 0.0",
+    "--kappa nan": "expected --kappa strictly between 0 and 1, got nan",
+    "--tol -1": "expected rtol ≥ 0, got -1.0",
+    "--lr 0": "expected --lr to be a positive finite number, got 0.0",
+    "--weight-decay -1": "expected --weight-decay ≥ 0, got -1.0",
+    "--label-smoothing 1": "expected 0 ≤ --label-smoothing < 1, got 1.0",
+    "--warmup 1": "expected 0 ≤ --warmup < 1, got 1.0",
+    "--optimizer sgd --momentum 1": "expected 0 ≤ --momentum < 1, got 1.0",
+    "--holdout 0": "expected --holdout to be a positive finite number, got 0.0",
+    "--holdout 1": "expected 0 < --holdout < 1, got 1.0",
+    "--clip 0": "expected --clip to be a positive finite number, got 0.0",
+    "--structure low-rank": "expected --rank with --structure low-rank, got none",
+    "--structure low-rank --rank 9": "expected rank ≤ hidden_dim=8, got 9",
+    "--rank 3": "expected --rank together with --structure low-rank, got it alone",
+    "--structure triangular --constraint row-scaling": "expected --constraint together with --structure dense",
+    "--structure triangular --adjoint unrolled": "expected --adjoint exact or phantom with --structure triangular",
+    "--damping 0.5": "expected --damping together with --solver picard or anderson, got it alone",
+    "--solver picard --damping 3": "expected damping in (0, 2], got 3.0",
+    "--memory 3": "expected --memory together with --solver anderson",
+    "--phantom-steps 3": "expected --phantom-steps together with --adjoint phantom",
+    "--adjoint phantom --grad-tol 1e-3": "expected --grad-tol together with --adjoint exact",
+    "--momentum 0.5": "expected --momentum together with --optimizer sgd",
+    "--on-failure raise --max-steps 1": "did not reach rtol",
+    "--epochs many": "--epochs",
+    "--nonsense": "No such option",
+    "extra": "extra",
+}
+
+
+@pytest.mark.parametrize(("options", "words"), BAD.items(), ids=BAD)
+def test_bad_options_are_one_line_and_leave_nothing(options, words, tmp_path, capsys):
+    line = refused(capsys, [*SMALL, "--out", tmp_path / "runs" / "run", *options.split()])
+    assert line.startswith("implicitdl: ")
+    assert words in line
+    assert not list(tmp_path.iterdir())
+
+
+class TestBadFolders:
+    def test_a_missing_dataset(self, tmp_path, capsys, monkeypatch):
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens: no download, at once
+        arguments = [*SMALL, "--data", "fashion-mnist", "--root", tmp_path / "none", "--out", tmp_path / "run"]
+        line = refused(capsys, arguments)
+        assert "expected the files train-images-idx3-ubyte" in line
+        assert not list(tmp_path.iterdir())
+
+    def test_an_existing_run_is_not_overwritten(self, run, capsys):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert "Pass --resume to go on with it, or another --out." in refused(capsys, [*SMALL, "--out", run])
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    def test_a_file_in_the_way(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("kept")
+        for out in (tmp_path / "file", tmp_path / "file" / "run"):
+            assert "A file is in the way" in refused(capsys, [*SMALL, "--out", out])
+        assert (tmp_path / "file").read_text() == "kept"
+
+    @pytest.mark.parametrize(
+        ("number", "words"),
+        [(errno.EACCES, "expected a folder that can be written"), (errno.ENOSPC, "expected room on the disk")],
+    )
+    def test_a_folder_that_cannot_be_written(self, number, words, tmp_path, capsys, monkeypatch):
+        def fails(path, data):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(_store, "_write", fails)
+        assert words in refused(capsys, [*SMALL, "--out", tmp_path / "runs" / "run"])
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("command", ["evaluate", "plot", "info"])
+    def test_what_is_no_run(self, command, run, tmp_path, capsys):
+        assert f"{command}: expected a run's folder, with run.json, got nothing at" in refused(
+            capsys, [command, tmp_path / "none"]
+        )
+        (tmp_path / "empty").mkdir()
+        assert "got none in" in refused(capsys, [command, tmp_path / "empty"])
+        torch.save({"A": torch.eye(2)}, tmp_path / "model.pt")
+        assert "got the pickle model.pt. Pickles run code" in refused(capsys, [command, tmp_path / "model.pt"])
+        assert "RUN" in refused(capsys, [command])
+
+    @pytest.mark.parametrize("command", ["evaluate", "plot", "info"])
+    def test_damaged_checkpoints(self, command, run, capsys):
+        weights = run / "best" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: len(whole) // 2])
+        assert "truncated or damaged" in refused(capsys, [command, run])
+        torch.save({"A": torch.eye(2)}, weights)
+        assert "got the pickle model.safetensors" in refused(capsys, [command, run])
+        shutil.rmtree(run / "best")
+        assert "expected a finished epoch" in refused(capsys, [command, run])
+        assert not (run / "plots").exists()
+
+    @pytest.mark.parametrize(
+        ("damage", "words"),
+        [
+            (lambda text: text[:40], "expected a whole run.json"),
+            (lambda text: text.replace("hidden_dim", "hidden_size", 1), "unexpected keyword argument 'hidden_size'"),
+            (lambda text: text.replace('"kappa": 0.99', '"kappa": 7', 1), "expected --kappa strictly between 0 and 1"),
+            (lambda text: "[]", "expected a whole run.json"),
+        ],
+        ids=["truncated", "unknown", "impossible", "list"],
+    )
+    def test_a_damaged_run_file(self, damage, words, run, capsys):
+        path = run / "run.json"
+        path.write_text(damage(path.read_text()))
+        assert words in refused(capsys, ["evaluate", run])
+        assert words in refused(capsys, ["train", "--resume", "--out", run])
+
+    def test_damaged_figures(self, run, capsys):
+        (run / "metrics.jsonl").write_text('{"epoch": 1, ')
+        for command in ("plot", "info"):
+            assert "expected a whole metrics.jsonl" in refused(capsys, [command, run])
+
+
+class TestNoise:
+    def test_misses_warn_once_and_are_counted(self, tmp_path, capsys):
+        assert main([*SMALL, "--max-steps", "2", "--out", str(tmp_path / "run")]) == 0
+        out, err = capsys.readouterr()
+        (line,) = err.splitlines()
+        assert re.match("implicitdl: warning: train: in epoch 1 .* did not reach the tolerance", line)
+        assert out.splitlines()[-2].startswith("missed the tolerance: 100.000% of 360 test samples")
+
+    def test_a_bug_shows_its_traceback(self, monkeypatch):
+        def broken(run):
+            raise RuntimeError("ours")
+
+        monkeypatch.setattr(report, "info", broken)
+        with pytest.raises(RuntimeError, match="ours"):
+            main(["info", "run"])
+
+    def test_an_interrupt_anywhere_is_one_line(self, monkeypatch, capsys):
+        def interrupted(run):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(report, "info", interrupted)
+        assert main(["info", "run"]) == 130
+        assert capsys.readouterr().err == "implicitdl: interrupted\n"
+
+    def test_a_signal_ends_a_run_with_one_line(self, tmp_path):
+        words = [*SMALL, "--epochs", "1000", "--out", str(tmp_path / "run")]
+        code = f"from implicitdl.cli import main; raise SystemExit(main({words!r}))"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run" / "best" / "model.safetensors").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.decode().splitlines() == [
+            f"implicitdl: interrupted; go on with: implicitdl train --resume --out {tmp_path / 'run'}"
+        ]
+
+    def test_help_and_version(self, capsys):
+        assert main([]) == 0
+        assert main(["--help"]) == 0
+        assert main(["train", "--help"]) == 0
+        out = capsys.readouterr().out
+        # The help wraps at the terminal's width: names are looked for without what it may cut.
+        assert all(command in out for command in ("train", "evaluate", "plot", "info"))
+        assert main(["--version"]) == 0
+        assert re.fullmatch(r"implicitdl \d+\.\d+\S*\n", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("module", ["typer", "rich"])
+    def test_without_its_extra_it_says_what_to_install(self, module, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert "pip install 'implicitdl[cli]'" in refused(capsys, ["info", "run"])
+
+    def test_the_entry_point_is_main(self):
+        (script,) = entry_points(group="console_scripts", name="implicitdl")
+        assert script.load() is main
+
+
+def built(**options) -> ImplicitModel:
+    return build.model(Options(hidden_dim=6, **options).check(), 5, 3)
+
+
+class TestBuild:
+    def test_structures_and_constraints(self):
+        assert isinstance(built(structure="triangular").constraint, StrictlyUpper)
+        low_rank = built(structure="low-rank", rank=2, kappa=0.9)
+        assert isinstance(low_rank.constraint, LowRank)
+        assert low_rank.L.shape == (6, 2)
+        assert low_rank.constraint.kappa == 0.9
+        assert isinstance(built(constraint="row-projection").constraint, RowProjection)
+        assert isinstance(built(constraint="soft-row-scaling").constraint, SoftRowScaling)
+
+    def test_parts_and_activation(self):
+        plain = built(no_D=True, bias=False, activation="tanh", on_failure="raise")
+        assert plain.D is None
+        assert plain.b_x is None
+        assert plain.activation is TANH
+        assert plain.on_failure == "raise"
+        assert plain.B.dtype == torch.float32
+        assert built().b_x is not None
+
+    def test_solvers(self):
+        assert built(solver="picard", damping=0.5, tol=1e-3, max_steps=7).solver == Picard(
+            damping=0.5, rtol=1e-3, max_steps=7
+        )
+        assert built(solver="anderson", memory=3).solver == Anderson(memory=3)
+        assert built(solver="aitken", period=5).solver == Aitken(period=5)
+
+    def test_adjoints(self):
+        exact = built(grad_solver="picard", grad_tol=1e-2, grad_max_steps=9).adjoint
+        assert exact == ImplicitAdjoint(solver=Picard(rtol=1e-2, max_steps=9))
+        assert built(adjoint="phantom").adjoint == PhantomGradient(steps=1)
+        assert built(adjoint="phantom", phantom_steps=4).adjoint == PhantomGradient(steps=4)
+        assert built(adjoint="unrolled").adjoint == Unrolled()
+
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+    )
+    def test_optimizers(self, name, kind):
+        options = Options(optimizer=name, lr=0.5, weight_decay=0.25).check()
+        optimizer = build.optimizer(options, [torch.nn.Parameter(torch.zeros(1))])
+        assert type(optimizer) is kind
+        assert optimizer.defaults["lr"] == 0.5
+        assert optimizer.defaults["weight_decay"] == 0.25
+
+    def test_momentum(self):
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        assert build.optimizer(Options(optimizer="sgd"), parameters).defaults["momentum"] == 0.9
+        assert build.optimizer(Options(optimizer="sgd", momentum=0.0), parameters).defaults["momentum"] == 0.0
+
+    def test_schedules(self):
+        cosine, step, constant = (build.Schedule(name, 100, 0.1) for name in ("cosine", "step", "constant"))
+        for schedule in (cosine, step, constant):
+            assert [schedule(k) for k in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+        assert cosine(55) == pytest.approx(0.5)
+        assert cosine(100) == pytest.approx(0.0)
+        assert [step(k) for k in (54, 55, 77, 78, 99)] == [1.0, 0.1, 0.1, 0.01, 0.01]
+        assert constant(99) == 1.0
+        assert build.Schedule("cosine", 1, 0.0)(1) == pytest.approx(1.0)
