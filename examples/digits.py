@@ -21,7 +21,7 @@ from torch import nn
 
 from implicitdl import ImplicitModel, Monitor, viz
 from implicitdl.data import Data, load
-from implicitdl.train import get_valid_accuracy, train
+from implicitdl.training import get_valid_accuracy, train
 
 
 def main(runs: Path, seed: int = 0, epochs: int = 30) -> float:

@@ -25,7 +25,7 @@ from implicitdl.activations import TANH
 from implicitdl.cli import build, main, report
 from implicitdl.cli.options import Options
 from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, StrictlyUpper
-from implicitdl.train.epoch import Epochs
+from implicitdl.training.epoch import Epochs
 from standins import write_mnist
 
 # A process of its own computes in float32, whatever the other tests like.

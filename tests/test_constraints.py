@@ -40,7 +40,7 @@ def reference_projection(v: torch.Tensor, radius: float) -> torch.Tensor:
     return v.sign() * (v.abs() - theta).clamp(min=0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 30), st.floats(-6, 6), st.floats(0.05, 0.99), st.integers(0, 2**31),
 )  # fmt: skip
@@ -97,6 +97,21 @@ def test_scaling_touches_no_row_that_is_inside():
         A = ball(raw)
         assert torch.equal(A[[0, 1, 3, 4]], raw[[0, 1, 3, 4]])
         assert torch.allclose(A[2].abs().sum(), torch.tensor(0.9))
+
+
+@pytest.mark.parametrize("constraint", BALLS, ids=repr)
+@pytest.mark.parametrize("kappa", [0.9, 0.99, 0.7])
+def test_float32_gradients_are_those_of_float64(constraint, kappa):
+    # Whether a row is inside must not be read off a quotient that rounds to nearly 1.
+    ball = type(constraint)(kappa=kappa)
+    raw, weights = torch.randn(200, 10) / 8, torch.randn(200, 10)
+
+    def gradient(dtype):
+        free = raw.to(dtype).requires_grad_()
+        (ball(free) * weights.to(dtype)).sum().backward()
+        return free.grad.double()
+
+    assert torch.allclose(gradient(torch.float32), gradient(torch.float64), atol=1e-5)
 
 
 def test_the_radius_is_kappa_over_the_slope():

@@ -22,7 +22,7 @@ LAYERS = [
     ["fixed_point"],
     ["constraints"],
     ["nn"],
-    ["data", "train", "viz"],
+    ["data", "training", "viz"],
     ["utils", "cli"],
     ["testing"],
 ]

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, _checks, _store, fixed_point, solution
 from implicitdl._checks import ArgumentError, MissingExtraError
-from implicitdl.train import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, train
-from implicitdl.train import processes as processes_module
-from implicitdl.train.state import pack, unpack
+from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, train
+from implicitdl.training import processes as processes_module
+from implicitdl.training.state import pack, unpack
 
 SOURCE = Path(_checks.__file__).parents[1]
 
@@ -271,7 +271,7 @@ def test_steps_and_misses_are_counted_over_the_epoch_and_warned_of_once(tmp_path
 
 def test_reading_at_every_batch_or_never_gives_the_same_figures(tmp_path, monkeypatch):
     """Figures must not depend on the clock: float sums in another order would differ in the last digit."""
-    from implicitdl.train import progress
+    from implicitdl.training import progress
 
     monkeypatch.setattr(progress.Clock, "due", lambda clock: True)
     fit(tmp_path / "always")
@@ -877,7 +877,7 @@ def test_a_line_per_epoch_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_the_bar_shows_every_figure_while_an_epoch_runs(tmp_path, monkeypatch, capsys):
-    from implicitdl.train import progress
+    from implicitdl.training import progress
 
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
     monkeypatch.setenv("COLUMNS", "200")
@@ -1149,7 +1149,7 @@ def test_a_validation_loss_that_is_not_finite(tmp_path):
 
 def test_a_late_reader_still_names_the_first_bad_batch(tmp_path, monkeypatch):
     """On an accelerator losses are read later; what a NaN broke meanwhile must not hide it."""
-    from implicitdl.train.meter import Meter
+    from implicitdl.training.meter import Meter
 
     meter = Meter("train", "epoch 1")
     meter._losses = [(torch.tensor(1.0), 2), (torch.tensor(float("nan")), 2), (torch.tensor(float("inf")), 2)]
@@ -1435,7 +1435,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 sys.path.insert(0, sys.argv[2])
 from test_train import adam, files, fit, loader, net, samples
 from implicitdl import _store
-from implicitdl.train import train, get_valid_accuracy
+from implicitdl.training import train, get_valid_accuracy
 
 torch.set_default_dtype(torch.float64)
 root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -1524,3 +1524,10 @@ def test_precision_from_the_launcher(tmp_path, monkeypatch):
     model = DtypeRecorder()
     fit(tmp_path, 1, model=model)
     assert model.seen == {torch.bfloat16}
+
+
+def test_ties_in_accuracy_go_to_the_lower_validation_loss():
+    logger = Logger()
+    for accuracy, loss in ((0.9, 0.5), (0.9, 0.4), (0.8, 0.1), (0.9, 0.45)):
+        logger.log({"valid_acc": accuracy, "valid_loss": loss}, metric="valid_acc")
+    assert logger.best == {"valid_acc": 0.9, "valid_loss": 0.4}

@@ -1,7 +1,9 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
+from . import activations, constraints, data, solvers, viz
 from .activations import Activation
 from .adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from .data import cifar_load, mnist_load
 from .equilibrium import Equilibrium, LowRankEquilibrium
 from .fixed_point import fixed_point, root
 from .nn import (
@@ -14,6 +16,7 @@ from .nn import (
 )
 from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Solution
 from .solvers import Aitken, Anderson, Auto, Picard, Solver, Substitution
+from .training import Logger, get_valid_accuracy, train
 
 __all__ = [
     "Activation",
@@ -32,6 +35,7 @@ __all__ = [
     "ImplicitModel",
     "ImplicitRNN",
     "ImplicitRNNCell",
+    "Logger",
     "LowRankEquilibrium",
     "Monitor",
     "PhantomGradient",
@@ -40,6 +44,15 @@ __all__ = [
     "Solver",
     "Substitution",
     "Unrolled",
+    "activations",
+    "cifar_load",
+    "constraints",
+    "data",
     "fixed_point",
+    "get_valid_accuracy",
+    "mnist_load",
     "root",
+    "solvers",
+    "train",
+    "viz",
 ]

@@ -1,6 +1,6 @@
 """The names that the seeds import from ``utils``."""
 
 from .data import cifar_load, mnist_load
-from .train import Logger, get_valid_accuracy, train
+from .training import Logger, get_valid_accuracy, train
 
 __all__ = ["Logger", "cifar_load", "get_valid_accuracy", "mnist_load", "train"]

@@ -18,7 +18,7 @@ from .._checks import positive_int
 from ..data import Data
 from ..nn import ImplicitModel
 from ..solution import ImplicitFunctionWarning
-from ..train import train
+from ..training import train
 from . import build, folder, report
 from .options import WHO, Options
 

@@ -15,7 +15,7 @@ from typing import Any
 from .. import _store
 from .._checks import ArgumentError, wrong
 from ..nn import ImplicitModel, pretrained
-from ..train.logger import BEST, JSONL, LAST, refuse_run
+from ..training.logger import BEST, JSONL, LAST, refuse_run
 from .options import WHO, Options, flag
 
 FILE = "run.json"

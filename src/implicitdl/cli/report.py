@@ -14,7 +14,7 @@ from .._checks import extra
 from ..data import image_loader
 from ..nn import ImplicitModel
 from ..solution import Monitor
-from ..train import get_valid_accuracy
+from ..training import get_valid_accuracy
 from . import build, folder
 
 # Enough for quantiles that no single sample moves; the traces of more would only take longer.

@@ -90,8 +90,8 @@ class _ScaleRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, radius: float) -> Tensor:
-        # A row inside the ball is divided by r and multiplied by r: exactly 1, and untouched.
-        scale = radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True).clamp_(min=radius)
+        # Clamped after the division: r/r need not be 1 in floating point, and 1 is how a row inside is known.
+        scale = (radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True)).clamp_(max=1.0)
         ctx.save_for_backward(v, scale)
         ctx.radius = radius
         return v * scale
@@ -101,10 +101,12 @@ class _ScaleRows(torch.autograd.Function):
         # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
         # operations of v, s included, when a second derivative is to be taken.
         v, scale = ctx.saved_tensors
+        inside = scale == 1
         if torch.is_grad_enabled():
-            scale = ctx.radius / v.abs().sum(dim=-1, keepdim=True).clamp(min=ctx.radius)
-        along = (v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)
-        return torch.addcmul(g * scale, v.sign(), along.masked_fill(scale == 1, 0.0), value=-1), None
+            size = v.abs().sum(dim=-1, keepdim=True).masked_fill(inside, ctx.radius)
+            scale = (ctx.radius / size).masked_fill(inside, 1.0)
+        along = ((v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)).masked_fill(inside, 0.0)
+        return torch.addcmul(g * scale, v.sign(), along, value=-1), None
 
 
 def project_l1(v: Tensor, radius: float) -> Tensor:
@@ -125,7 +127,7 @@ def project_l1(v: Tensor, radius: float) -> Tensor:
 def _support(size: Tensor, radius: float) -> Tensor:
     """Which entries of each row survive; monotone, hence at most n passes, two or three near the ball."""
     support = torch.ones_like(size)
-    count = size.shape[-1]
+    count = size.numel()
     while True:
         theta = ((size * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
         support = (size > theta.clamp(min=0)).to(size.dtype)

@@ -107,17 +107,26 @@ class Logger:
             print(line)
 
     def judge(self, row: Row, metric: str, lower: bool | None = None) -> bool:
-        """Whether a row is better than all before it by `metric`; it is then `best`."""
+        """Whether a row is better than all before it by `metric`, at a tie by its validation loss; it is then `best`.
+
+        On a small validation set accuracies tie often, and the first of them is an early, half-trained one.
+        """
         value = _entry(row, metric)
         if lower is None:
             lower = "loss" in metric
         if not isinstance(value, (int, float)) or math.isnan(value):
             return False
         held = None if self.best is None else self.best.get(metric)
-        if isinstance(held, (int, float)) and not (value < held if lower else value > held):
-            return False
+        if isinstance(held, (int, float)):
+            tie = value == held and self._lower_loss(row)
+            if not tie and not (value < held if lower else value > held):
+                return False
         self.best = row
         return True
+
+    def _lower_loss(self, row: Row) -> bool:
+        loss, held = row.get("valid_loss"), (self.best or {}).get("valid_loss")
+        return isinstance(loss, (int, float)) and isinstance(held, (int, float)) and loss < held
 
     def _line(self, row: Row) -> str | None:
         if self.printstr is None:
