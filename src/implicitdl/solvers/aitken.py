@@ -41,7 +41,7 @@ class Aitken(Solver):
         >>> from implicitdl import Aitken, Picard, fixed_point
         >>> f = lambda x: 1 + 0.9 * x
         >>> [int(fixed_point(f, torch.zeros(1, 1), solver=s).steps) for s in (Picard(), Aitken())]
-        [90, 4]
+        [89, 4]
     """
 
     period: int | None = None
