@@ -93,10 +93,16 @@ class _Results:
         )
 
     def _values(self) -> Tensor:
-        if len(self._finished) == 1:
-            _, _, x = self._finished[0]
+        *earlier, (rows, inside, x) = self._finished
+        batch = len(self.residual)
+        if len(x) == batch and all(len(held) == batch for _, _, held in earlier):
+            # Nobody was taken out of the batch: every row stands at its own place in every tensor.
+            for rows, _, held in earlier:
+                mask = np.zeros((batch, 1), dtype=bool)
+                mask[rows] = True
+                x = torch.where(_tensor(mask, x), held, x)
             return x
-        place = np.empty(len(self.residual), dtype=np.int64)
+        place = np.empty(batch, dtype=np.int64)
         offset = 0
         for rows, inside, x in self._finished:
             place[rows] = (np.arange(len(rows)) if inside is None else inside) + offset
@@ -137,23 +143,26 @@ class _Stage:
         while True:
             scheduled = sweep % interval == 0 and sweep >= first
             if scheduled or spent >= self._budget or results.trace is not None:
-                self._look(fx, spent, interval, scheduled)
-                if not self.live.any():
-                    return self.start, np.flatnonzero(self.handed)
-                kept = self._drop_finished()
-                if kept is not None:
-                    state, fx = method.take(state, kept), fx.index_select(0, kept)
+                if self._look(fx, spent, interval, scheduled):
+                    if not self.live.any():
+                        return self.start, self.handed.nonzero()[0]
+                    kept = self._drop_finished()
+                    if kept is not None:
+                        state, fx = method.take(state, kept), fx.index_select(0, kept)
             self.x, state, extra = method.step(self.f, self.x, fx, state)
             fx = self.f(self.x)
             spent += 1 + extra
             sweep += 1
 
-    def _look(self, fx: Tensor, spent: int, interval: int, scheduled: bool) -> None:
-        """Read the residuals and decide which samples are done, out of steps, lost, or better served elsewhere."""
+    def _look(self, fx: Tensor, spent: int, interval: int, scheduled: bool) -> bool:
+        """Read the residuals and decide which samples are done, out of steps, lost, or better served elsewhere.
+
+        Returns whether any sample has left.
+        """
         results, rows, live = self.results, self.rows, self.live
         residual = self._residual(fx)
         if scheduled and spent < self._budget and results.trace is None and self._all_on_their_way(residual, interval):
-            return
+            return False
         total = self.before + spent
         if results.trace is not None:
             results.trace[np.minimum(total[live], len(results.trace)) - 1, rows[live]] = residual[live]
@@ -175,6 +184,7 @@ class _Stage:
             results.converged[rows] |= done
             self.live = self.live & ~ended
         results.steps[rows[due]] = total[due]
+        return self.live is not live
 
     def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
         """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
