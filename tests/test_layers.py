@@ -16,7 +16,7 @@ LAYERS = [
     ["_store", "solution"],
     ["activations"],
     ["equilibrium"],
-    ["solvers"],
+    ["solvers", "linearize"],
     ["iterate"],
     ["adjoints"],
     ["fixed_point"],

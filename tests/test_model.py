@@ -371,6 +371,8 @@ def swapped():
         (lambda: ImplicitModel(**SIZES, constraint="ball"), "constraint to be a Constraint"),
         (lambda: ImplicitModel(**SIZES, activation=BUILTIN["silu"], constraint=RowScaling()), r"a constraint for max\|φ'\| = 1.09984"),
         (lambda: ImplicitModel(**SIZES, is_low_rank=True, rank=2, constraint=RowScaling), "together with the LowRank constraint"),
+        (lambda: ImplicitModel(**SIZES, kappa=0.5, constraint=RowScaling(kappa=0.9)), "the κ of the constraint object, 0.9, got kappa=0.5"),
+        (lambda: ImplicitModel(**SIZES, f=ImplicitFunctionTriu, is_low_rank=True, rank=2), "a dense A with a triangular f"),
         (lambda: ImplicitModel(**SIZES, on_failure="shout"), "on_failure to be one of"),
         (lambda: ImplicitModel(**SIZES, activation=Activation("steep", torch.exp, torch.exp, (0.0, float("inf")))), "finite, nonzero"),
     ],

@@ -142,13 +142,13 @@ class _Stage:
         first = interval if interval == 1 else 2 * interval
         while True:
             scheduled = sweep % interval == 0 and sweep >= first
-            if scheduled or spent >= self._budget or results.trace is not None:
-                if self._look(fx, spent, interval, scheduled):
-                    if not self.live.any():
-                        return self.start, self.handed.nonzero()[0]
-                    kept = self._drop_finished()
-                    if kept is not None:
-                        state, fx = method.take(state, kept), fx.index_select(0, kept)
+            wanted = scheduled or spent >= self._budget or results.trace is not None
+            if wanted and self._look(fx, spent, interval, scheduled):
+                if not self.live.any():
+                    return self.start, self.handed.nonzero()[0]
+                kept = self._drop_finished()
+                if kept is not None:
+                    state, fx = method.take(state, kept), fx.index_select(0, kept)
             self.x, state, extra = method.step(self.f, self.x, fx, state)
             fx = self.f(self.x)
             spent += 1 + extra

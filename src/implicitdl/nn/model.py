@@ -101,7 +101,7 @@ class ImplicitModel(nn.Module):
         self.rank = settings.rank(is_low_rank, rank, hidden_dim)
         self.f = f
         self.activation = settings.activation(f, activation)
-        self.kappa = settings.kappa(f, kappa)
+        self.kappa = settings.kappa(f, kappa, constraint)
         self.constraint = settings.constraint(f, constraint, self.kappa, self.activation, is_low_rank)
         self.solver = settings.solver(f, solver, tol, mitr)
         self.adjoint = settings.adjoint(f, adjoint, grad_tol, grad_mitr)

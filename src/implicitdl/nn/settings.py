@@ -16,7 +16,15 @@ T = TypeVar("T")
 _WHO = "ImplicitModel"
 
 
-def kappa(f: type[ImplicitFunction], given: float | None) -> float:
+def kappa(f: type[ImplicitFunction], given: float | None, constraint: type[Constraint] | Constraint | None) -> float:
+    """κ; that of a constraint object when one was given, which ``given`` must not contradict."""
+    if isinstance(constraint, Constraint):
+        if given is not None and given != constraint.kappa:
+            raise wrong(
+                _WHO, f"the κ of the constraint object, {constraint.kappa}", f"kappa={given}",
+                "Set it on the constraint alone, or pass the constraint's class.",
+            )  # fmt: skip
+        return constraint.kappa
     return open_unit(_WHO, "kappa", _first(given, f.kappa, 0.99))
 
 
@@ -59,6 +67,8 @@ def constraint(
                 f"Build it with lipschitz={slope!r}, or pass the class {type(built).__name__}.",
             )  # fmt: skip
     else:
+        if given is None and is_low_rank and f.constraint.triangular:
+            raise wrong(_WHO, "a dense A with a triangular f", f"is_low_rank=True and f={f.__name__}")
         kind = given if given is not None else LowRank if is_low_rank else f.constraint
         if not (isinstance(kind, type) and issubclass(kind, Constraint)):
             raise wrong(_WHO, "constraint to be a Constraint, class or object", repr(given))

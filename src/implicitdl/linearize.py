@@ -1,0 +1,100 @@
+"""f at a point: its value with the graph to the weights, and Jacobian products, from a single evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .equilibrium import Linearization, RowMap
+
+
+def linearize(f: RowMap, x: Tensor) -> Linearization | None:
+    """f at x with its graph to the weights: in closed form where f offers it, else by one evaluation under autograd."""
+    closed_form = getattr(f, "linearize", None)
+    at: Linearization | None = closed_form(x) if closed_form is not None else _AutogradLinearization.at(f, x)
+    return at
+
+
+class _AutogradLinearization:
+    """Jacobian products of any f from a single evaluation, whose graph also serves the gradient of the weights."""
+
+    def __init__(self, f: RowMap, x: Tensor) -> None:
+        # A leaf would collect a gradient nobody asked for; behind this node nothing arrives.
+        self._x = _Source.apply(x.detach().requires_grad_())
+        self.value = f(self._x)
+        self._check_interval = f.check_interval
+
+    @classmethod
+    def at(cls, f: RowMap, x: Tensor) -> _AutogradLinearization | None:
+        """None when nothing but x itself requires a gradient."""
+        self = cls(f, x)
+        return self if _depends_on_more_than(self.value, self._x) else None
+
+    def vjp(self, v: Tensor) -> Tensor:
+        return vjp(self.value, self._x, v, create_graph=False)
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """By transposing v ↦ Jᵀv, which is linear: forward mode is missing for too many operations."""
+        with torch.enable_grad():
+            v = torch.zeros_like(self.value, requires_grad=True)
+            Jtv = vjp(self.value, self._x, v, create_graph=True)
+        if not Jtv.requires_grad:
+            return torch.zeros_like(w)
+        return vjp(Jtv, v, w, create_graph=False)
+
+    def adjoint_map(self, g: Tensor) -> RowMap:
+        return AdjointMap(self.vjp, g)
+
+
+class AdjointMap:
+    """v ↦ g + Jᵀv.  A graph belongs to the whole batch, so finished samples are frozen and not taken out."""
+
+    check_interval = 1
+
+    def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor) -> None:
+        self._product, self._g = product, g
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self._g + self._product(v)
+
+    def take(self, rows: Tensor) -> RowMap | None:
+        return None
+
+
+class _Source(torch.autograd.Function):
+    """Identity that lets no gradient through: the point of linearisation is not a variable of the user's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
+def vjp(y: Tensor, x: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
+    """(∂y/∂x)ᵀv; zero where y does not depend on x."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    with torch.enable_grad():
+        (product,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(x) if product is None else product
+
+
+def _depends_on_more_than(y: Tensor, x: Tensor) -> bool:
+    """Whether the graph of y holds a node that is not between y and x, found at the first leaf that is not x's."""
+    behind_x = x.grad_fn
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node is behind_x or node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions:  # an AccumulateGrad: a leaf
+            return True
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
