@@ -12,7 +12,7 @@ import implicitdl
 ROOT = Path(implicitdl.__file__).parent
 # Each line is a layer, first the ones that stand on nothing.
 LAYERS = [
-    ["_typing", "_checks"],
+    ["_checks"],
     ["_store", "solution"],
     ["activations"],
     ["equilibrium"],

@@ -18,6 +18,7 @@ from implicitdl._checks import ArgumentError, MissingExtraError
 from implicitdl._store import CheckpointError
 from implicitdl.activations import SILU
 from implicitdl.constraints import RowProjection, Unconstrained
+from implicitdl.viz.canvas import BLUE
 
 SIZES = {"input_dim": 5, "output_dim": 2, "hidden_dim": 7}
 
@@ -277,7 +278,7 @@ def test_draws_into_axes_of_the_caller(draw):
 def test_the_same_colours_everywhere():
     forward = viz.residuals((torch.rand(5, 4), torch.rand(5, 4))).axes[0].lines[0]
     training = viz.training_curves(ROWS).axes[0].lines[0]
-    assert to_rgba(forward.get_color()) == to_rgba(training.get_color()) == to_rgba(viz.BLUE)
+    assert to_rgba(forward.get_color()) == to_rgba(training.get_color()) == to_rgba(BLUE)
 
 
 def test_pyplot_is_never_imported(tmp_path):
