@@ -30,8 +30,7 @@ def test_solver_on_problem(solver, problem):
     check_solver(solver, problem)
 
 
-@pytest.mark.parametrize("solver", [Picard(), Anderson(), Auto()], ids=repr)
-def test_easy_samples_of_a_mixed_batch_cost_their_own_steps_only(solver):
+def test_easy_samples_of_a_mixed_batch_cost_their_own_steps_only():
     (mixed,) = [p for p in problems() if p.name == "mixed"]
     called = []
 

@@ -99,7 +99,7 @@ def _gelu_slope(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z * 0.7071067811865476)) + z * density  # 1/√2
 
 
-# max of SiLU' and GELU', where the second derivative vanishes (bisection in float64; tests recompute them).
+# max of SiLU' and GELU', where the second derivative vanishes (the tests find them attained).
 _SILU = 1.099839320128867
 _GELU = 1.1289041451851547
 

@@ -41,8 +41,8 @@ class Linearization(Protocol):
 def check_interval(n: int) -> int:
     """Sweeps between two looks, from n alone so that a sample's answer never depends on its batch.
 
-    A look and what follows from it is some twenty small operations, 60 µs and more; a sweep costs 2n² flops a sample.
-    The two meet between n = 100 and n = 300 at ordinary batch sizes; from n = 500 on a wasted sweep costs more.
+    A look is some twenty small operations whose price hardly depends on n; a sweep costs 2n² flops a sample.  On a
+    small model a wasted sweep is the cheaper of the two, on a large one the look is.
     """
     return 5 if n <= 128 else 4 if n <= 512 else 1
 

@@ -14,7 +14,7 @@ class RowScaling(Constraint):
     """a_i = v_i min(1, r/‖v_i‖₁), r = κ / max|φ'|: rows outside the ball are shrunk onto it, the others untouched.
 
     The default: it trains as well as the projection (``benchmarks/results/constraints.md``), every entry of a scaled
-    row keeps a gradient, it costs two operations where the projection needs a dozen, and unlike `SoftRowScaling` it
+    row keeps a gradient, it costs far fewer operations, and unlike `SoftRowScaling` it
     leaves a matrix inside the ball as it is.
 
     Source: THEORY §1.3 and §4.1; the vector-Jacobian product is s(g − sign(v) (aᵀg)/r).
@@ -88,7 +88,7 @@ class SoftRowScaling(Constraint):
 
 
 class _ScaleRows(torch.autograd.Function):
-    """v min(1, r/‖v‖₁) with its vector-Jacobian product in five operations, where autograd's takes fifteen."""
+    """v min(1, r/‖v‖₁) with its vector-Jacobian product in a few operations, where autograd's takes many."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, radius: float) -> Tensor:

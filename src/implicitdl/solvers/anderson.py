@@ -91,7 +91,7 @@ class Anderson(Solver):
         restart = ~(size <= self.growth * state.best)
         valid[restart] = False
         valid[:, slot] = ~restart
-        # A row times a transpose: five and more times faster in MKL's batched product than a matrix times a column.
+        # A row times a transpose: far faster in MKL's batched product than a matrix times a column.
         across = dR.transpose(1, 2)
         row = torch.bmm(dR[:, slot : slot + 1], across).squeeze(1)
         gram[:, slot, :] = row
