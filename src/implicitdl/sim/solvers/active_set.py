@@ -1,0 +1,115 @@
+"""Active set for all rows at once: Newton on the face of the current signs, exact where the signs are right."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..face import Faces, Rows, newton
+
+# Of the violators of a row, those within this share of the worst one enter together.
+_SHARE = 0.1
+# A gradient this far beyond λ + τ, relatively, is a violator and not rounding.
+_BEYOND = 1e-9
+# Lengths that are tried beyond the first change of sign: the whole step, then half of it.
+_TRIALS = 2
+
+
+def active_set(faces: Faces, rows: Rows, n: int, lam: float, kappa: float, steps: int) -> Tensor:
+    """Descend from the rows' points, each at most so many steps, and change the rows in place.
+
+    On the face F of the signs σ the objective is quadratic, and with τ the multiplier of a tight ball its minimiser
+    is w + d with
+
+        G_FF d = g_F − λσ_F − τσ_a,   σ_aᵀd = 0.
+
+    The step goes there, or to the first entry that would change sign, which leaves the face, or to the sphere of the
+    ball.  Where dropping every entry that would change sign lowers the objective more, all leave at once.  At the
+    minimiser of a face, a tight ball with τ < 0 is released, and entries off the face with |g_j| > λ + τ join it.
+    Each step lowers the objective, so no face is met twice.
+
+    Returns:
+        (rows,) bool: whether the row ended at the minimiser of its objective, up to rounding.
+
+    Source: Lee, Battle, Raina & Ng, Efficient sparse coding algorithms (NIPS 2006), for the search over signs with
+        one row and no ball.
+    """
+    stuck = torch.zeros_like(rows.tight)
+    live = torch.arange(len(rows.w), device=rows.w.device)
+    finished = torch.zeros_like(rows.tight)
+    for _ in range(steps):
+        if len(live) == 0:
+            break
+        part = rows.take(live)
+        moved, done = _step(faces, part, stuck[live], n, lam, kappa)
+        rows.put(live, part)
+        # Several newcomers may start in the wrong direction and leave again at once; the worst violator cannot.
+        stuck[live] = ~moved
+        finished[live] = done
+        live = live[~done]
+    return finished
+
+
+def _step(faces: Faces, rows: Rows, stuck: Tensor, n: int, lam: float, kappa: float) -> tuple[Tensor, Tensor]:
+    """One step of every row, in place; whether it moved, and whether it has ended."""
+    d, tau = newton(faces, rows, n, lam)
+    crossing = rows.sign * (rows.w + d) < 0
+    at = torch.where(crossing, -rows.w / d, math.inf)
+    to_sphere = _to_sphere(rows, d, n, kappa)
+    t = torch.minimum(at.amin(dim=1), to_sphere).clamp(max=1.0)
+    leaving = crossing & (at <= t.unsqueeze(1))
+    landed = to_sphere <= t
+    change, G_change = t.unsqueeze(1) * d, t.unsqueeze(1) * (d @ faces.gram)
+    reach, undecided = 1.0, torch.nonzero(crossing.any(dim=1))[:, 0]
+    for _ in range(_TRIALS):
+        undecided = undecided[t[undecided] < reach]
+        if len(undecided) == 0:
+            break
+        part = rows.take(undecided)
+        bent = at[undecided] <= reach
+        jump = torch.where(bent, -part.w, reach * d[undecided])
+        G_jump = jump @ faces.gram
+        size = (part.w + jump)[:, :n].abs().sum(dim=1)
+        better = (size <= kappa) & (
+            _rise(part, jump, G_jump, lam) < _rise(part, change[undecided], G_change[undecided], lam)
+        )
+        taken, at_ = undecided[better], better
+        leaving[taken], change[taken], G_change[taken] = bent[at_], jump[at_], G_jump[at_]
+        landed[taken] = False
+        rows.tight[taken] &= size[at_] >= kappa * (1 - 1e-9)
+        t[taken] = reach
+        undecided = undecided[~better]
+        reach /= 2
+    rows.w = torch.where(leaving, 0.0, rows.w + change)
+    rows.g = rows.g - G_change
+    rows.sign = torch.where(leaving, 0.0, rows.sign)
+    rows.tight = rows.tight | landed
+    minimal = (t == 1) & ~leaving.any(dim=1) & ~landed
+    return t > 0, minimal & ~_leave_face(rows, tau, minimal, stuck, n, lam)
+
+
+def _to_sphere(rows: Rows, d: Tensor, n: int, kappa: float) -> Tensor:
+    """The step at which a row inside the ball meets its sphere; ∞ where the whole step stays inside."""
+    speed = (rows.sign * d)[:, :n].sum(dim=1)
+    room = (kappa - rows.w[:, :n].abs().sum(dim=1)).clamp(min=0)
+    return torch.where(~rows.tight & (speed > room), room / speed, math.inf)
+
+
+def _rise(rows: Rows, change: Tensor, G_change: Tensor, lam: float) -> Tensor:
+    """How much the objective rises by a change that keeps every sign or ends at 0."""
+    return ((lam * rows.sign - rows.g + 0.5 * G_change) * change).sum(dim=1)
+
+
+def _leave_face(rows: Rows, tau: Tensor, minimal: Tensor, stuck: Tensor, n: int, lam: float) -> Tensor:
+    """At the minimiser of a face: release a ball that holds back nothing, and let violators in.  Whether either did."""
+    release = minimal & rows.tight & (tau < 0)
+    rows.tight = rows.tight & ~release
+    bound = torch.full_like(rows.g, lam)
+    bound[:, :n] += tau.clamp(min=0).unsqueeze(1)
+    excess = torch.where(rows.sign == 0, rows.g.abs() - bound * (1 + _BEYOND), 0.0)
+    least = excess.amax(dim=1) * torch.where(stuck, 1.0, _SHARE)
+    enter = (excess > 0) & (excess >= least.unsqueeze(1)) & minimal.unsqueeze(1)
+    rows.sign = torch.where(enter, rows.g.sign(), rows.sign)
+    return release | enter.any(dim=1)

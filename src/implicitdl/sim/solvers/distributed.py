@@ -1,0 +1,64 @@
+"""Rows of a problem in batches, and batches among the processes of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..problem import RowProblem
+from ..solution import RowReport, RowSolution
+
+SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
+
+
+def in_batches(
+    solve: SolveRows, problem: RowProblem, start: RowSolution | None, size: int, moved: Callable[[int], None]
+) -> RowSolution:
+    """Solve the rows in batches of at most so many, this process its share of the batches.
+
+    Rows are dealt to the batches in turn: neighbours belong to one layer of the teacher and are about equally hard.
+    The result does not depend on the batches, except for rounding.
+
+    Arguments:
+        solve: solves a batch.
+        problem: all rows; every process has them, and all samples.
+        start: of all rows, or None.
+        size: most rows of a batch.
+        moved: told how many more rows are done, by all processes together.
+
+    Returns:
+        The solution of all rows, in every process.
+    """
+    rows = problem.shape[0]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+    count = min(rows, max(world, -(-rows // size)))
+    problem.faces  # noqa: B018  made once here, and kept by every batch
+    packed = torch.zeros(rows, problem.shape[1] + len(fields(RowReport)), dtype=torch.float64, device=problem.T.device)
+    deals = [torch.arange(k, rows, count, device=packed.device) for k in range(count)]
+    for deal in deals[rank::world]:
+        packed[deal] = _pack(solve(problem.take(deal), None if start is None else start.take(deal)))
+        moved(len(deal) * world)
+    if world > 1:
+        # Every row is zero in all processes but one.
+        dist.all_reduce(packed)
+    return _unpack(packed, problem.n)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _pack(solution: RowSolution) -> Tensor:
+    report = [getattr(solution.report, field.name).double() for field in fields(RowReport)]
+    return torch.cat([solution.a, solution.b, torch.stack(report, dim=1)], dim=1)
+
+
+def _unpack(packed: Tensor, n: int) -> RowSolution:
+    width = packed.shape[1] - len(fields(RowReport))
+    objective, gap, norm, support, converged = packed[:, width:].unbind(dim=1)
+    report = RowReport(objective, gap, norm, support.long(), converged.bool())
+    return RowSolution(packed[:, :n], packed[:, n:width], report)

@@ -1,0 +1,186 @@
+"""`implicitdl sim`: every kind of teacher, the figures it leaves, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from matplotlib.image import imread
+from torch import nn
+
+from implicitdl import ImplicitModel
+from implicitdl.cli import main
+from implicitdl.data import load
+
+# A process of its own computes in float32, whatever the other tests like.
+pytestmark = pytest.mark.usefixtures("float32")
+
+SMALL = ["--data", "digits", "--samples", "200"]
+QUICK = [*SMALL, "--lambda-z", "0.1", "--lambda-y", "0.1"]
+LAST_LINE = re.compile(r"test accuracy: \d+\.\d\d %")
+
+
+def trained_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 10)
+    )
+    data = load("digits", 64)
+    opt = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(5):
+        for images, labels in data.train_dl:
+            opt.zero_grad()
+            nn.functional.cross_entropy(net(images), labels).backward()
+            opt.step()
+    return net
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A network as an exported program and as weights, and a run of our own."""
+    torch.set_default_dtype(torch.float32)
+    folder, net = tmp_path_factory.mktemp("teachers"), trained_network()
+    images = torch.zeros(2, 1, 8, 8)
+    free = {0: torch.export.Dim("batch")}
+    torch.export.save(torch.export.export(net, (images,), dynamic_shapes=(free,)), folder / "net.pt2")
+    flat = torch.export.export(net[1:], (images.flatten(1),), dynamic_shapes=(free,))
+    torch.export.save(flat, folder / "flat.pt2")
+    torch.export.save(torch.export.export(net, (images,)), folder / "fixed.pt2")
+    safetensors.torch.save_file(net.state_dict(), folder / "net.safetensors")
+    assert main(["train", "--hidden-dim", "8", "--epochs", "2", "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(teachers):
+    out = teachers / "out"
+    words = ["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, "--path", "30,3,0.3", "--refit", "--out", str(out)]
+    assert main(words) == 0
+    return out
+
+
+def test_it_leaves_a_model_figures_and_plots(finished):
+    model = ImplicitModel.from_pretrained(finished / "model")
+    figures = json.loads((finished / "sim.json").read_text())
+    data = load("digits", 64)
+    u, y = data.test_ds.pixels.float() / 16, data.test_ds.labels
+    assert figures["accuracy"]["sim"] == pytest.approx(float((model(u).argmax(1) == y).float().mean()))
+    assert figures["accuracy"]["sim"] > figures["accuracy"]["teacher"] - 0.05
+    assert figures["norm"] <= 0.99
+    assert len(figures["rows"]["hidden"]["objective"]) == 24
+    counts = [row["nonzeros"] for row in figures["path"]]
+    assert counts == sorted(counts)
+    for name in ("spy", "gaps", "sparsity"):
+        assert imread(finished / "plots" / f"{name}.png")[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options"),
+    [
+        ("flat.pt2", []),
+        ("net.safetensors", ["--layers", "64-16-8-10", "--path", "30,3"]),
+        ("run", ["--solver", "admm", "--regen-states"]),
+        ("run/best", ["--dtype", "float64", "--no-rescale", "--kappa", "0.9"]),
+    ],
+)
+def test_teachers_and_options(teachers, teacher, options, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["sim", "--teacher", str(teachers / teacher), *QUICK, *options, "--out", str(out)]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    assert LAST_LINE.fullmatch(printed.splitlines()[-1])
+    for words in ("digits: 200 of", "rows converged", "‖A‖∞", "teacher, test accuracy"):
+        assert words in printed
+
+
+def test_the_network_of_the_weights_is_the_exported_one(teachers, tmp_path, capsys):
+    lines = []
+    for i, words in enumerate((["net.safetensors", "--layers", "64-16-8-10"], ["net.pt2"])):
+        teacher, *options = words
+        assert (
+            main(["sim", "--teacher", str(teachers / teacher), *options, *QUICK, "--out", str(tmp_path / str(i))]) == 0
+        )
+        lines.append([line for line in capsys.readouterr().out.splitlines() if "teacher, test" in line])
+    assert lines[0] == lines[1]
+
+
+class Marker:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def with_pickle(source, target, name, bomb):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.namelist():
+            new.writestr(item, bomb if item.endswith(name) else old.read(item))
+
+
+def refused(capsys, words):
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_pickle_in_an_exported_program_is_not_run(teachers, tmp_path, capsys):
+    bomb = pickle.dumps(Marker(str(tmp_path / "fired")))
+    with_pickle(teachers / "net.pt2", tmp_path / "inputs.pt2", "sample_inputs/model.pt", bomb)
+    with zipfile.ZipFile(teachers / "net.pt2") as archive:
+        (config,) = (name for name in archive.namelist() if name.endswith("model_constants_config.json"))
+    with_pickle(teachers / "net.pt2", tmp_path / "object.pt2", "nothing", bomb)
+    with zipfile.ZipFile(tmp_path / "object.pt2", "a") as archive:
+        archive.writestr(config.replace("model_constants_config.json", "opaque_obj_0"), bomb)
+    out = tmp_path / "out"
+    line = refused(capsys, ["sim", "--teacher", tmp_path / "inputs.pt2", *SMALL, "--out", out])
+    assert "one that cannot be read" in line
+    line = refused(capsys, ["sim", "--teacher", tmp_path / "object.pt2", *SMALL, "--out", out])
+    assert "the pickled object" in line
+    assert not (tmp_path / "fired").exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher", "net.pt2", "--layers", "64-10"], "--layers together with a .safetensors file"),
+        (["--teacher", "net.safetensors"], "a .safetensors file without --layers"),
+        (["--teacher", "net.safetensors", "--layers", "64,10"], "sizes such as 784-64-10, got '64,10'"),
+        (["--teacher", "net.safetensors", "--layers", "64-16-10"], "weights of 16 × 64, 10 × 16"),
+        (["--teacher", "none.safetensors", "--layers", "64-10"], "a whole .safetensors file"),
+        (["--teacher", "none.pt2"], "an exported program"),
+        (["--teacher", "net.pth"], "the pickle net.pth"),
+        (["--teacher", "nowhere"], "nothing there"),
+        (["--teacher", "fixed.pt2"], "a teacher that takes inputs of shape (200, 1, 8, 8)"),
+        (["--teacher", "net.pt2", "--activation", "tanh"], "x = φ(z) with φ = tanh"),
+        (["--teacher", "net.pt2", "--activation", "swish"], "--activation to be one of"),
+        (["--teacher", "net.pt2", "--solver", "simplex"], "--solver to be one of"),
+        (["--teacher", "net.pt2", "--dtype", "half"], "--dtype to be one of"),
+        (["--teacher", "net.pt2", "--kappa", "1"], "--kappa strictly between 0 and 1"),
+        (["--teacher", "net.pt2", "--samples", "9999"], "--samples of at most"),
+        (["--teacher", "net.pt2", "--lambda-z", "-1"], "lambda_z"),
+        (["--teacher", "net.pt2", "--rank", "3"], "a --solver with --rank"),
+        (["--teacher", "net.pt2", "--solver", "least-squares", "--lambda-z", "1"], "a --solver with --lambda-z"),
+        (["--teacher", "net.pt2", "--refit"], "--refit together with --path"),
+        (["--teacher", "net.pt2", "--path", "1,x"], "--path with numbers"),
+        (["--teacher", "net.pt2", "--device", "moon"], "--device to be one that is here"),
+        (["--teacher", "net.pt2", "--out", "net.pt2"], "--out to be a new folder"),
+    ],
+)
+def test_bad_input_is_one_line(teachers, words, message, tmp_path, monkeypatch, capsys):
+    torch.save({}, teachers / "net.pth")
+    monkeypatch.chdir(teachers)
+    out = [] if "--out" in words else ["--out", tmp_path / "out"]
+    before = sorted(teachers.iterdir())
+    samples = [] if "--samples" in words else SMALL[2:]
+    assert message in refused(capsys, ["sim", *words, *SMALL[:2], *samples, *out])
+    assert sorted(teachers.iterdir()) == before
+    assert not (tmp_path / "out").exists()
