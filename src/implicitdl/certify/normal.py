@@ -1,0 +1,146 @@
+"""The form of a model that bounds are computed from: dense, in float64, without self-loops, proved to contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._checks import ArgumentError, wrong
+from ..solution import ConvergenceError
+from ..statespace import StateSpace, eliminate_diagonal, perron_root, perron_weights
+from ..statespace.blocks import slopes_of
+from ..statespace.perron import gains
+
+# Attempts at a box that maps into itself.  The first widening is enough but for rounding, which takes one or two more.
+_ATTEMPTS = 50
+
+
+class HasStateSpace(Protocol):
+    """A model that can write itself as its matrices; `ImplicitModel` does."""
+
+    def statespace(self) -> StateSpace: ...
+
+
+Model: TypeAlias = StateSpace | HasStateSpace
+
+
+def rounding(terms: int, dtype: torch.dtype) -> float:
+    """Relative to the sum of absolute values, how far a computed sum of products of so many terms may be off.
+
+    A dot product of m terms, added in any order, is off by at most m·u/(1 − m·u) of Σ|a_k b_k|, with u = eps/2
+    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1).  Twice that, and 32 terms more, covers the few
+    further roundings of a bound: of the weights' own scaling, of centre and radius, and of adding the parts.
+    """
+    return (terms + 32) * torch.finfo(dtype).eps
+
+
+def exact_space(who: str, model: Model) -> StateSpace:
+    """The model's matrices, dense, in float64, without a graph.
+
+    Float32 weights are taken as they are: exactly.  Of a low-rank model, A is LRᵀ as its own dtype rounds it.
+    """
+    if not isinstance(model, StateSpace):
+        if not callable(getattr(model, "statespace", None)):
+            raise wrong(
+                who, "an ImplicitModel, a StateSpace, or a model with statespace()", type(model).__name__,
+                "Convert a network with implicitdl.statespace.from_module.",
+            )  # fmt: skip
+        model = model.statespace()
+    return model.detach().to_dense().to(torch.float64)
+
+
+def without_self_loops(space: StateSpace) -> StateSpace:
+    """The same model with a zero diagonal of A where ReLU allows it; differentiable.
+
+    Bounds get tighter by it, since they treat the states that a state depends on as if they varied freely.
+    """
+    try:
+        return eliminate_diagonal(space)
+    except ArgumentError:  # another φ, or a_ii ≥ 1: the loops stay, and count with their absolute values
+        return space
+
+
+@dataclass(frozen=True, eq=False)
+class Contractive:
+    """A model and the proof that its state equation contracts: Mv ≤ γv for M = diag(max|φ'|)|A|, v > 0 and γ < 1.
+
+    Two states under the same input then satisfy |x' − x| ≤ M|x' − x|, so that they are equal, and a disturbance w of
+    the equation moves the state by at most (I − M)⁻¹w.
+
+    Attributes:
+        space: dense float64, without self-loops.
+        M: (n, n).
+        v: (n,).
+        gamma: γ, with the rounding of its own computation.
+    """
+
+    space: StateSpace
+    M: Tensor
+    v: Tensor
+    gamma: float
+
+    @property
+    def slopes(self) -> Tensor:
+        """max|φ'| of every state, (n,)."""
+        return slopes_of(self.space.blocks, self.space.b_x)
+
+    @property
+    def rounding(self) -> float:
+        """How far a product with the rows of this model may be off, relative to the sum of absolute values."""
+        return rounding(self.space.n + self.space.p, self.space.dtype)
+
+    def widening(self, outside: Callable[[Tensor], Tensor], batch: int) -> Tensor:
+        """A widening w ≥ 0 along v, (batch, n), at which ``outside(w)`` is seen to be nowhere positive.
+
+        ``outside`` says by how much the image of a box, widened by w, sticks out of it.  With t = max_i outside_i/v_i,
+        a further τv is enough as soon as τ ≥ t/(1 − γ), for then t v + M(τv) ≤ tv + γτv ≤ τv.  That is exact
+        arithmetic; the loop repeats it until it holds as computed.
+
+        Raises:
+            ConvergenceError: it never does, since something is not finite.
+        """
+        w = self.v.new_zeros(batch, len(self.v))
+        for _ in range(_ATTEMPTS):
+            excess = outside(w)
+            if bool((excess <= 0).all()):
+                return w
+            w = w + (excess / self.v).amax(1, keepdim=True).clamp(min=0) * (1.5 / (1 - self.gamma)) * self.v
+        raise ConvergenceError(
+            f"certify: no box that maps into itself was found in {_ATTEMPTS} widenings (γ = {self.gamma:.6g}). "
+            "Check that weights and inputs are finite."
+        )
+
+
+def contractive(who: str, model: Model | Contractive) -> Contractive:
+    """The model in the form that the bounds need, or an error that names what is missing."""
+    if isinstance(model, Contractive):
+        return model
+    space = without_self_loops(exact_space(who, model))
+    M = gains(space)
+    found = perron_certificate(M)
+    if found is None:
+        raise wrong(
+            who, "a model with λ_pf(diag(max|φ'|)|A|) < 1, self-loops eliminated", f"{perron_root(M):.6g}",
+            "The box bounds need a contraction; see certify.well_posed(model) for what else can be proved.",
+        )  # fmt: skip
+    return Contractive(space, M, *found)
+
+
+def perron_certificate(M: Tensor) -> tuple[Tensor, float] | None:
+    """v > 0 and γ < 1 with Mv ≤ γv, for M ≥ 0 in float64; None where λ_pf(M) ≥ 1, or is too near 1 to tell.
+
+    Whatever v was found by, γ = max (Mv)_i/v_i is a bound (Collatz–Wielandt), and it is raised by the rounding of its
+    own computation: a sum of nonnegative terms is accurate relative to itself.
+    """
+    root = perron_root(M)
+    # What is nearer to 1 than its own rounding may leave it is not proved.
+    if not root < 1 - 1e-8:
+        return None
+    # Halfway to 1: v stays well scaled where it may, and γ away from 1.
+    v = perron_weights(M, (1 + root) / 2) if len(M) else M.new_zeros(0)
+    gamma = float(((M @ v) / v).max()) * (1 + rounding(len(M), M.dtype)) if len(M) else 0.0
+    return (v, gamma) if gamma < 1 else None

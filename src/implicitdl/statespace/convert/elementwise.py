@@ -1,0 +1,158 @@
+"""The rules of what acts entry by entry: activations, which become states, and arithmetic with constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...activations import ELU, GELU, HARDTANH, LEAKY_RELU, RELU, SOFTPLUS, Activation
+from .affine import Affine, NoFormError
+
+Value = Affine | Tensor | float
+
+
+def activation(record: Activation) -> Callable[..., Affine]:
+    def rule(input: Affine, inplace: bool = False) -> Affine:  # noqa: A002 (torch's name)
+        return input.activated(record)
+
+    return rule
+
+
+def leaky_relu(input: Affine, negative_slope: float = 0.01, inplace: bool = False) -> Affine:  # noqa: A002
+    return input.activated(_leaky(negative_slope))
+
+
+def hardtanh(
+    input: Affine,  # noqa: A002
+    min_val: float | None = -1.0,
+    max_val: float | None = 1.0,
+    inplace: bool = False,
+) -> Affine:
+    """m + r·hardtanh((z − m)/r), with the interval's middle m and half length r; by ReLU when it has one end."""
+    if min_val is not None and max_val is not None:
+        m, r = (max_val + min_val) / 2, (max_val - min_val) / 2
+        return add(mul(mul(add(input, -m), 1 / r).activated(HARDTANH), r), m)
+    sign, end = (1.0, min_val) if max_val is None else (-1.0, max_val)
+    if end is None:
+        raise NoFormError("it has no bounds. Give one")
+    return add(mul(mul(sub(input, end), sign).activated(RELU), sign), end)
+
+
+def relu6(input: Affine, inplace: bool = False) -> Affine:  # noqa: A002
+    return hardtanh(input, 0.0, 6.0)
+
+
+def clamp(input: Affine, min: Any = None, max: Any = None) -> Affine:  # noqa: A002
+    return hardtanh(input, min, max)
+
+
+def elu(input: Affine, alpha: float = 1.0, inplace: bool = False) -> Affine:  # noqa: A002
+    return _default(input, ELU, alpha=alpha == 1.0)
+
+
+def softplus(input: Affine, beta: float = 1, threshold: float = 20) -> Affine:  # noqa: A002
+    return _default(input, SOFTPLUS, beta=beta == 1, threshold=threshold == 20)
+
+
+def gelu(input: Affine, approximate: str = "none") -> Affine:  # noqa: A002
+    return _default(input, GELU, approximate=approximate == "none")
+
+
+def _default(value: Affine, record: Activation, **kept: bool) -> Affine:
+    for name, default in kept.items():
+        if not default:
+            raise NoFormError(f"{record.name} is known with torch's default {name} only. Leave it at that")
+    return value.activated(record)
+
+
+@dataclass(frozen=True)
+class _LeakySlope:  # a class, not a closure, so that a model which holds it can be pickled
+    negative: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.where(z > 0, 1.0, self.negative).to(z.dtype)
+
+
+@cache
+def _leaky(slope: float) -> Activation:
+    if slope == 0.01:  # torch's default, and the record's
+        return LEAKY_RELU
+    phi = partial(F.leaky_relu, negative_slope=slope)
+    ends = (min(slope, 1.0), max(slope, 1.0))
+    return Activation(f"leaky_relu({slope:g})", phi, _LeakySlope(slope), ends, homogeneous=True)
+
+
+def add(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+    if not isinstance(input, Affine):
+        assert isinstance(other, Affine)
+        input, other, alpha = mul(other, alpha), input, 1  # noqa: A001
+    if isinstance(other, Affine):
+        shape = torch.broadcast_shapes(input.shape, other.shape)
+        return _expanded(input, shape).plus(_expanded(other, shape), alpha)
+    value, constant = _with_constant(input, other)
+    return value.shifted(alpha * constant)
+
+
+def sub(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+    return add(input, other, -alpha)
+
+
+def rsub(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+    return sub(other, input, alpha)
+
+
+def mul(input: Value, other: Value) -> Affine:  # noqa: A002
+    if isinstance(input, Affine) and isinstance(other, Affine):
+        raise NoFormError("a product of two values that depend on the input is not affine. Leave it out")
+    if not isinstance(input, Affine):
+        return mul(other, input)
+    assert not isinstance(other, Affine)
+    value, factors = _with_constant(input, other)
+    return value.scaled(factors)
+
+
+def div(input: Value, other: Value) -> Affine:  # noqa: A002
+    if isinstance(other, Affine):
+        raise NoFormError("a quotient by a value that depends on the input is not affine. Leave it out")
+    return mul(input, 1 / other)
+
+
+def neg(input: Affine) -> Affine:  # noqa: A002
+    return mul(input, -1.0)
+
+
+def batch_norm(
+    input: Affine,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Affine:
+    """s(v − μ) + β with s = γ/√(σ² + ε), by channel."""
+    if training or running_mean is None or running_var is None:
+        raise NoFormError("BatchNorm divides by statistics of the batch, which mix the samples. Call eval() first")
+    s = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    shift = -running_mean * s if bias is None else bias - running_mean * s
+    each = (-1, *[1] * (len(input.features) - 1))
+    return add(mul(input, s.reshape(each)), shift.reshape(each))
+
+
+def _with_constant(value: Affine, constant: Tensor | float) -> tuple[Affine, Tensor]:
+    """Both at the shape that they broadcast to, the constant flattened for one sample."""
+    given = torch.as_tensor(constant)
+    shape = torch.broadcast_shapes(value.shape, given.shape)
+    value = _expanded(value, shape)
+    return value, value.net.sample(given.expand(shape)).reshape(-1)
+
+
+def _expanded(value: Affine, shape: torch.Size) -> Affine:
+    return value if value.shape == shape else value.moved(value.numbers().expand(shape))

@@ -1,0 +1,153 @@
+"""The Perron–Frobenius root of |A|, and weights in which A is a contraction: x = φ(Ax + b) is then well posed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import open_unit, wrong
+from .blocks import slopes_of
+from .graph import components, looping
+from .matrices import coo, dense, entries, take
+
+if TYPE_CHECKING:
+    from .space import StateSpace
+
+# Weights are computed for a κ smaller by this much, so that what rounding takes away never shows.
+_SLACK = 1e-9
+# Sweeps before weights are computed by linear solves: a network without loops needs as many as it has layers.
+_SWEEPS = 100
+
+
+def perron_root(A: Tensor) -> float:
+    """λ_pf(|A|), the spectral radius of the matrix of absolute values; 0 when nothing loops.
+
+    Below 1, the equilibrium x = φ(Ax + b) exists and is unique for every φ of slopes in [−1, 1].  It is the largest
+    root of the strongly connected components of A's graph, each of them found between the two bounds of Collatz and
+    Wielandt, min (|A|v)_i/v_i ≤ λ ≤ max (|A|v)_i/v_i; the upper one is returned.
+
+    Arguments:
+        A: (n, n), dense or sparse.  A component that loops is made dense.
+
+    Source: El Ghaoui et al., Implicit Deep Learning (2021), for the condition; Noda, Note on the computation of the
+    maximal eigenvalue of a non-negative irreducible matrix, Numer. Math. 17 (1971), for the iteration.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.statespace import perron_root
+        >>> round(perron_root(torch.tensor([[0.0, -2.0], [0.5, 0.0]], dtype=torch.float64)), 6)
+        1.0
+        >>> perron_root(torch.tensor([[0.0, 7.0], [0.0, 0.0]]))
+        0.0
+    """
+    A = A.detach()
+    needs, nodes = looping(A)
+    roots = [0.0]
+    for group in components(needs):
+        index = nodes[torch.tensor(group, device=A.device)]
+        roots.append(_irreducible_root(dense(take(A, index, index)).abs().double()))
+    return max(roots)
+
+
+def gains(space: StateSpace) -> Tensor:
+    """|A| with each row times max|φ'| of its state: how far a change of one state can change another."""
+    rows, columns, values = entries(space.A.detach())
+    # Entry by entry, since a slope may be infinite and 0 · ∞ is not what an arc that is not there can do.
+    M = coo(rows, columns, slopes_of(space.blocks, values)[rows] * values.abs(), (space.n, space.n))
+    return M if space.is_sparse else M.to_dense()
+
+
+def loop_gain(space: StateSpace) -> float:
+    """λ_pf of |A| with each row times max|φ'| of its state: below 1, the model is well posed.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.statespace import StateSpace, loop_gain
+        >>> loop_gain(StateSpace(torch.tensor([[-0.5]]), torch.eye(1), torch.eye(1)))
+        0.5
+    """
+    return perron_root(gains(space))
+
+
+def perron_weights(A: Tensor, kappa: float) -> Tensor:
+    """The least v ≥ 1 with |A|v ≤ κv: in units of v the matrix has ‖·‖∞ ≤ κ.
+
+    v is the limit of v ← max(1, |A|v/κ) from v = 1.  That limit exists whenever λ_pf(|A|) < κ, also for reducible and
+    nilpotent A, whose Perron vector has zeros.  Where it is far, it is found by policy iteration: the rows with
+    (|A|v)_i/κ > 1 only become more, and given them v is the solution of a linear system.
+
+    Arguments:
+        A: (n, n), dense or sparse.
+        kappa: κ in (0, 1).
+
+    Returns:
+        (n,) in float64.
+
+    Raises:
+        ArgumentError: λ_pf(|A|) ≥ κ, with the number.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl.statespace import perron_weights
+        >>> perron_weights(torch.tensor([[0.0, 7.0], [0.0, 0.0]]), kappa=0.5)
+        tensor([14.0000,  1.0000], dtype=torch.float64)
+    """
+    open_unit("perron_weights", "kappa", kappa)
+    M = A.detach().double().abs()
+    v = _swept(M, kappa, torch.ones(len(M), dtype=M.dtype, device=M.device))
+    if v is None and (root := perron_root(A)) < kappa * (1 - _SLACK):
+        v = _swept(M, kappa, _by_policies(dense(M) / (kappa * (1 - _SLACK))))
+    if v is None:
+        raise wrong(
+            "perron_weights", f"λ_pf(|A|) < κ = {kappa:.6g}", f"λ_pf(|A|) = {root:.6g}", "Take a κ between it and 1."
+        )
+    return v
+
+
+def _swept(M: Tensor, kappa: float, v: Tensor) -> Tensor | None:
+    """v after as many steps of v ← max(1, Mv/κ) as make Mv ≤ κv true in floating point; None after too many."""
+    for _ in range(_SWEEPS):
+        grown = M @ v
+        if bool((grown <= kappa * v).all() & torch.isfinite(v).all()):
+            return v
+        v = (grown / (kappa * (1 - _SLACK))).clamp(min=1.0)
+    return None
+
+
+def _by_policies(M: Tensor) -> Tensor:
+    """The least fixed point of v ↦ max(1, Mv) for M ≥ 0 of spectral radius below 1."""
+    v = torch.ones(len(M), dtype=M.dtype, device=M.device)
+    growing = M @ v > 1
+    while True:
+        S, rest = growing.nonzero().flatten(), (~growing).nonzero().flatten()
+        system = torch.eye(len(S), dtype=M.dtype, device=M.device) - take(M, S, S)
+        v[S] = torch.linalg.solve(system, take(M, S, rest).sum(1))
+        more = growing | (M @ v > 1)
+        if bool((more == growing).all()):
+            return v
+        growing = more
+
+
+def _irreducible_root(M: Tensor) -> float:
+    """The root of an irreducible M ≥ 0 by Noda's iteration: inverse iteration with the upper bound as the shift.
+
+    From any v > 0 the bound falls monotonically and quadratically.
+    """
+    if not bool(torch.isfinite(M).all()):
+        return float("inf")
+    v = torch.ones(len(M), dtype=M.dtype, device=M.device)
+    identity = torch.eye(len(M), dtype=M.dtype, device=M.device)
+    best = float("inf")
+    while True:
+        ratios = (M @ v) / v
+        upper, lower = float(ratios.max()), float(ratios.min())
+        # At rounding level the bound stops falling, or the shifted matrix is singular.
+        if not upper < best or upper - lower <= len(M) * torch.finfo(M.dtype).eps * upper:
+            return min(upper, best)
+        best = upper
+        w, info = torch.linalg.solve_ex(upper * identity - M, v)
+        if int(info) != 0 or not bool((w > 0).all() & torch.isfinite(w).all()):
+            return best
+        v = w / w.max()

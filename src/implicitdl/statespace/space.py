@@ -1,0 +1,273 @@
+"""StateSpace: x = φ(Ax + Bu + b_x), y = Cx + Du + b_y, with its matrices in the open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._checks import wrong
+from ..activations import RELU, Activation
+from ..adjoints import Adjoint
+from ..solution import OnFailure, Solution
+from ..solvers import Solver
+from . import algebra
+from .blocks import joined
+from .form import WHO, blocks_given, check_form
+from .matrices import count_nonzero, dense, eye, is_sparse, linear, normalized, sparse, zeros
+from .solve import Component, plan, solve_in_order
+
+
+class StateSpace:
+    """The model x = φ(Ax + Bu + b_x), y = Cx + Du + b_y, as its matrices and the φ of every block of states.
+
+    Any network is one (its layers are blocks, A is block triangular), and models compose into models: ``m2 @ m1``,
+    ``m1 + m2``, ``a * m`` and the functions of `implicitdl.statespace`.  Calling it solves for x in the order of the
+    blocks: what does not loop costs one pass, what does is an equilibrium.  It is immutable; gradients reach the
+    matrices where they require them.
+
+    Arguments:
+        A: (n, n).  All four matrices are dense, or all are sparse (COO or CSR; kept as coalesced COO).
+        B: (n, p).
+        C: (q, n).
+        D: (q, p); zeros when left out.
+        b_x, b_y: (n,) and (q,), dense; zeros when left out.
+        blocks: pairs (activation, size) whose sizes add up to n, or one activation for the whole state.  They come
+            downstream first, so that A of a feed-forward network is block upper triangular, but any order is taken.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or layouts that do not fit together; at the call, an input that does not.
+
+    Source: El Ghaoui, Gu, Travacca, Askari & Tsai, Implicit Deep Learning, SIAM J. Math. Data Sci. 3 (2021).
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import ImplicitModel
+        >>> model = ImplicitModel(input_dim=3, output_dim=2, hidden_dim=5)
+        >>> space = model.statespace()
+        >>> space
+        StateSpace(n=5, p=3, q=2, blocks=relu 5, dense torch.float32)
+        >>> u = torch.randn(4, 3)
+        >>> torch.equal(space(u), model(u))
+        True
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        b_x: Tensor | None = None,
+        b_y: Tensor | None = None,
+        blocks: Activation | Sequence[tuple[Activation, int]] = RELU,
+    ) -> None:
+        for name, M in (("A", A), ("B", B), ("C", C), ("D", A if D is None else D)):
+            if not isinstance(M, Tensor) or M.dim() != 2 or not M.is_floating_point():
+                got: object = (tuple(M.shape), M.dtype) if isinstance(M, Tensor) else type(M).__name__
+                raise wrong(WHO, f"{name} to be a floating-point matrix", got)
+        n, p, q = A.shape[0], B.shape[1], C.shape[0]
+        self.A, self.B, self.C = normalized(A), normalized(B), normalized(C)
+        self.D = zeros(q, p, self.A) if D is None else normalized(D)
+        self.b_x = torch.zeros(n, dtype=A.dtype, device=A.device) if b_x is None else b_x
+        self.b_y = torch.zeros(q, dtype=A.dtype, device=A.device) if b_y is None else b_y
+        self.blocks = blocks_given(blocks, n)
+        check_form(self)
+
+    @classmethod
+    def affine(cls, D: Tensor, b_y: Tensor | None = None) -> StateSpace:
+        """The model without states, y = Du + b_y.
+
+        Example:
+            >>> import torch
+            >>> from implicitdl import StateSpace
+            >>> StateSpace.affine(torch.tensor([[1.0, 2.0]]))(torch.ones(1, 2))
+            tensor([[3.]])
+        """
+        q, p = D.shape
+        return cls(zeros(0, 0, D), zeros(0, p, D), zeros(q, 0, D), D, b_y=b_y, blocks=())
+
+    @classmethod
+    def elementwise(cls, activation: Activation, size: int, like: Tensor) -> StateSpace:
+        """y = φ(u) for u of this size; dtype, device and layout are those of the matrix ``like``.
+
+        Example:
+            >>> import torch
+            >>> from implicitdl import StateSpace
+            >>> from implicitdl.activations import RELU
+            >>> StateSpace.elementwise(RELU, 2, like=torch.zeros(1, 1))(torch.tensor([[1.0, -1.0]]))
+            tensor([[1., 0.]])
+        """
+        identity = eye(_checks.positive_int(WHO, "size", size), like)
+        return cls(zeros(size, size, like), identity, identity, blocks=activation)
+
+    @property
+    def n(self) -> int:
+        """States."""
+        return self.A.shape[0]
+
+    @property
+    def p(self) -> int:
+        """Features of the input."""
+        return self.B.shape[1]
+
+    @property
+    def q(self) -> int:
+        """Features of the output."""
+        return self.C.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    @property
+    def is_sparse(self) -> bool:
+        return is_sparse(self.A)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """States of each block."""
+        return tuple(block.size for block in self.blocks)
+
+    @cached_property
+    def activation(self) -> Activation:
+        """φ of the whole state, each block's own on its columns of (..., n)."""
+        return joined(self.blocks)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, C and D."""
+        return self.A, self.B, self.C, self.D
+
+    def replace(self, **changes: Any) -> StateSpace:
+        """A model with some of A, B, C, D, b_x, b_y and blocks changed."""
+        return type(self)(**{name: getattr(self, name) for name in _FIELDS} | changes)
+
+    def to(self, *where: Any, **how: Any) -> StateSpace:
+        """The model on another device or in another dtype, with the arguments of `torch.Tensor.to`."""
+        return self._mapped(lambda tensor: tensor.to(*where, **how))
+
+    def detach(self) -> StateSpace:
+        """The model without the graph of its matrices."""
+        return self._mapped(Tensor.detach)
+
+    def to_sparse(self) -> StateSpace:
+        """The model with sparse matrices."""
+        return self._mapped(lambda tensor: sparse(tensor) if tensor.dim() == 2 else tensor)
+
+    def to_dense(self) -> StateSpace:
+        """The model with dense matrices."""
+        return self._mapped(lambda tensor: dense(tensor) if tensor.dim() == 2 else tensor)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The prediction y, (batch, q), for an input (batch, \\*any) that flattens to (batch, p)."""
+        u = self.flat(u)
+        return self.read_out(self._solved(u).value, u)  # type: ignore[arg-type]
+
+    def solve(
+        self,
+        u: Tensor,
+        x0: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> Solution:
+        """The state x, (batch, n), and how well it was found.
+
+        Arguments:
+            u: input (batch, \\*any) that flattens to (batch, p).
+            x0: (batch, n), where the parts that loop start; zeros when left out.
+            solver, adjoint, on_failure: as for `fixed_point`, for the parts that loop.
+
+        Returns:
+            The `Solution`.  ``steps`` counts the evaluations of the part that took most, 1 where nothing loops;
+            ``residual`` bounds that of the whole state.  ``backward`` is filled when one part loops; a `Monitor` sees
+            the solves of all.
+        """
+        u = self.flat(u)
+        if x0 is not None and x0.shape != (len(u), self.n):
+            raise wrong(WHO, f"x0 of shape (batch={len(u)}, n={self.n})", tuple(x0.shape))
+        return self._solved(u, x0, solver, adjoint, on_failure)
+
+    def pre_activation(self, x: Tensor, u: Tensor) -> Tensor:
+        """z = Ax + Bu + b_x."""
+        return linear(x, self.A, linear(u, self.B, self.b_x))
+
+    def read_out(self, x: Tensor, u: Tensor) -> Tensor:
+        """y = Cx + Du + b_y."""
+        return linear(u, self.D, linear(x, self.C, self.b_y))
+
+    def __matmul__(self, inner: StateSpace) -> StateSpace:
+        """``outer @ inner``: u ↦ outer(inner(u))."""
+        return algebra.cascade(self, inner)
+
+    def __add__(self, other: StateSpace) -> StateSpace:
+        """u ↦ self(u) + other(u)."""
+        return algebra.add(self, other)
+
+    def __sub__(self, other: StateSpace) -> StateSpace:
+        return algebra.add(self, algebra.scale(other, -1.0))
+
+    def __neg__(self) -> StateSpace:
+        return algebra.scale(self, -1.0)
+
+    def __mul__(self, factor: float) -> StateSpace:
+        """u ↦ factor · self(u)."""
+        return algebra.scale(self, factor)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        blocks = ", ".join(f"{block.activation.name} {block.size}" for block in self.blocks) or "none"
+        entries = sum(map(count_nonzero, self.matrices))
+        layout = f"sparse with {entries:,} nonzeros" if self.is_sparse else "dense"
+        return f"StateSpace(n={self.n}, p={self.p}, q={self.q}, blocks={blocks}, {layout} {self.dtype})"
+
+    def __reduce__(self) -> Any:
+        # Without what was derived from the matrices.
+        return type(self), tuple(getattr(self, name) for name in _FIELDS)
+
+    @cached_property
+    def _frozen_order(self) -> list[Component]:
+        return plan(self.A, self.blocks)
+
+    def _order(self) -> list[Component]:
+        # What is kept must not hold a graph, which the first backward would free.
+        return plan(self.A, self.blocks) if self.A.requires_grad else self._frozen_order
+
+    def _solved(
+        self,
+        u: Tensor,
+        x0: Tensor | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> Solution:
+        b = linear(u, self.B, self.b_x)
+        return solve_in_order(self._order(), b, self.sizes, x0, solver, adjoint, on_failure)
+
+    def flat(self, u: Tensor) -> Tensor:
+        """An input (batch, \\*any) as rows (batch, p), checked."""
+        if not isinstance(u, Tensor):
+            raise wrong(WHO, f"u to be a tensor of shape (batch, p={self.p})", type(u).__name__)
+        u = u.flatten(1) if u.dim() > 2 else u
+        if u.dim() != 2 or u.shape[1] != self.p or u.shape[0] == 0:
+            raise wrong(WHO, f"u of shape (batch ≥ 1, p={self.p})", tuple(u.shape))
+        _checks.same_place(WHO, "u", u, self.A)
+        _checks.finite(WHO, "u", u)
+        return u
+
+    def _mapped(self, f: Callable[[Tensor], Tensor]) -> StateSpace:
+        return self.replace(**{name: f(getattr(self, name)) for name in _FIELDS if name != "blocks"})
+
+
+_FIELDS = ("A", "B", "C", "D", "b_x", "b_y", "blocks")
