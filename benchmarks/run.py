@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import certify
+import conv_block
+import conversion
 import epoch
+import gradients
 import memory
 import solve
 import torch
@@ -15,5 +19,9 @@ if __name__ == "__main__":
     training_step.run()
     with torch.no_grad():
         solve.run()
+        conversion.run()
     epoch.run()
     memory.run()
+    conv_block.run()
+    gradients.run()
+    certify.run()

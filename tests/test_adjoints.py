@@ -347,3 +347,72 @@ def test_order_is_checked():
         ImplicitAdjoint(order=3)
     with pytest.raises(ArgumentError, match="steps to be a positive integer, got 0"):
         PhantomGradient(steps=0)
+
+
+class Mixed(torch.nn.Module):
+    """x ↦ norm(c x W + u), three easy samples and a hard one; norm is the identity in eval mode."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4, bias=False, dtype=dtype)
+        torch.nn.init.orthogonal_(self.linear.weight)
+        self.norm = torch.nn.BatchNorm1d(4, affine=False, eps=0.0, dtype=dtype)
+        self.rates = torch.tensor([[0.0], [0.0], [0.0], [0.95]], dtype=dtype)
+        self.u = torch.randn(4, 4, dtype=dtype)
+        self.sizes = []
+
+    def forward(self, x, c, u):
+        self.sizes.append(len(x))
+        return self.norm(c * self.linear(x) + u)
+
+    def solution(self, rows=slice(None), rtol=None):
+        u, solver = self.u[rows].clone().requires_grad_(), Auto(rtol=rtol)
+        adjoint = ImplicitAdjoint(solver=solver)
+        start = torch.zeros_like(u)
+        return u, fixed_point(
+            self, start, self.rates[rows], u, solver=solver, adjoint=adjoint, on_failure="raise"
+        ).value
+
+
+class TestEasySamplesLeaveTheBackwardSolve:
+    def test_they_cost_their_own_products_only_and_change_nothing(self):
+        f = Mixed().eval()
+        u, x = f.solution()
+        f.sizes.clear()
+        g = torch.randn_like(x)
+        x.backward(g)
+        assert set(f.sizes) == {1}  # evaluated once more by each stage of Auto, for the hard sample alone
+        together = f.linear.weight.grad.clone()
+        f.linear.weight.grad = None
+        for i in range(4):
+            v, alone = f.solution(slice(i, i + 1))
+            alone.backward(g[i : i + 1])
+            torch.testing.assert_close(u.grad[i : i + 1], v.grad, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(together, f.linear.weight.grad, rtol=1e-8, atol=1e-10)
+
+    def test_a_module_whose_mode_was_changed_since_is_not_taken_for_the_same(self):
+        f = Mixed().eval()
+        u, x = f.solution()
+        x.sum().backward()
+        v, x = f.solution()
+        f.train()
+        x.sum().backward()
+        torch.testing.assert_close(v.grad, u.grad, rtol=1e-8, atol=1e-10)
+
+    def test_a_function_that_gives_other_values_since_is_not_taken_for_the_same(self):
+        f = Mixed().eval()
+        u, x = f.solution()
+        x.sum().backward()
+        v, x = f.solution()
+        f.norm.running_mean = torch.ones(4)
+        x.sum().backward()
+        torch.testing.assert_close(v.grad, u.grad, rtol=1e-8, atol=1e-10)
+
+    def test_the_autocast_region_of_the_forward_pass_holds(self):
+        f = Mixed(torch.float32).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            u, x = f.solution(rtol=0.02)
+        f.sizes.clear()
+        x.float().sum().backward()
+        assert set(f.sizes) == {1}
+        assert torch.isfinite(u.grad).all()

@@ -20,11 +20,26 @@ import torch
 from matplotlib.image import imread
 
 import implicitdl
-from implicitdl import Aitken, Anderson, ImplicitAdjoint, ImplicitModel, PhantomGradient, Picard, Unrolled, _store, viz
+from implicitdl import (
+    GMRES,
+    Aitken,
+    Anderson,
+    Broyden,
+    ImplicitAdjoint,
+    ImplicitModel,
+    Newton,
+    PeacemanRachford,
+    PhantomGradient,
+    Picard,
+    Unrolled,
+    _store,
+    viz,
+)
 from implicitdl.activations import TANH
-from implicitdl.cli import build, main, report
+from implicitdl.cli import build, main, models, report
 from implicitdl.cli.options import Options
-from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, StrictlyUpper
+from implicitdl.constraints import LowRank, Monotone, RowProjection, SoftRowScaling, StrictlyUpper
+from implicitdl.nn import ConvEquilibriumClassifier, DenseEquilibriumClassifier, MonotoneConvClassifier
 from implicitdl.training.epoch import Epochs
 from standins import write_mnist
 
@@ -105,6 +120,8 @@ class TestRun:
             (["--structure", "triangular"], ["28 of 64, sparsity 56.25%", "in [0.000000, 0.000000]"]),
             (["--structure", "low-rank", "--rank", "2", "--no-D"], ["L nonzero", "16 of 16", "not there", "rank 2"]),
             (["--adjoint", "phantom", "--constraint", "row-projection"], ["none", "RowProjection"]),
+            (["--constraint", "monotone", "--kappa", "0.8"], ["Monotone(m=0.2)"]),
+            (["--model", "deq-dense", "--solver", "newton"], ["DenseEquilibriumClassifier", "n = 8, p = 64, q = 10"]),
         ],
     )
     def test_every_kind_of_model_goes_all_the_way(self, options, words, tmp_path, capsys):
@@ -112,6 +129,25 @@ class TestRun:
         assert main([*SMALL, "--epochs", "1", *options, "--out", folder]) == 0
         for command in ("evaluate", "plot", "info"):
             assert main([command, folder]) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--model", "deq-conv", "--inner-channels", "8", "--tol", "1e-2"], ["inner_channels = 8", "halvings = 1"]),
+            (["--model", "monotone-conv", "--tol", "1e-2"], ["channels = 8", "cells = 2"]),
+        ],
+    )
+    def test_convolutional_models_go_all_the_way(self, options, words, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        small = ["train", "--channels", "8", "--halvings", "1", "--cells", "2", "--epochs", "1", "--grad-tol", "1e-2"]
+        assert main([*small, *options]) == 0
+        (folder,) = Path("runs").iterdir()
+        assert folder.name == f"digits-{options[1]}-1"
+        for command in ("evaluate", "plot", "info"):
+            assert main([command, str(folder)]) == 0
+        assert sorted(path.stem for path in (folder / "plots").iterdir()) == ["residuals", "training"]
         out = capsys.readouterr().out
         assert all(word in out for word in words)
 
@@ -185,11 +221,11 @@ class TestResume:
 
 BAD = {
     "--data letters": "expected --data to be one of digits, mnist",
-    "--model mlp": "expected --model to be one of implicit, got 'mlp'",
+    "--model mlp": "expected --model to be one of implicit, deq-dense, deq-conv, monotone-conv, got 'mlp'",
     "--structure sparse": "expected --structure to be one of dense, triangular, low-rank, got 'sparse'",
     "--activation swish": "expected --activation to be one of relu",
     "--constraint ball": "expected --constraint to be one of row-scaling",
-    "--solver newton": "expected --solver to be one of auto, picard",
+    "--solver secant": "expected --solver to be one of auto, picard",
     "--grad-solver newton": "expected --grad-solver to be one of",
     "--adjoint none": "expected --adjoint to be one of exact",
     "--optimizer lion": "expected --optimizer to be one of adam",
@@ -225,7 +261,11 @@ BAD = {
     "--structure triangular --adjoint unrolled": "expected --adjoint exact or phantom with --structure triangular",
     "--damping 0.5": "expected --damping together with --solver picard or anderson, got it alone",
     "--solver picard --damping 3": "expected damping in (0, 2], got 3.0",
-    "--memory 3": "expected --memory together with --solver anderson",
+    "--memory 3": "expected --memory together with --solver anderson or broyden",
+    "--channels 8": "expected --channels together with --model deq-conv, got --model implicit",
+    "--model deq-conv": "expected --hidden-dim together with --model implicit, got --model deq-conv",
+    "--model deq-dense --kappa 0.9": "expected --kappa together with --model implicit, got --model deq-dense",
+    "--model deq-conv --hidden-dim 100 --solver peaceman-rachford": "PeacemanRachford: expected a map φ(Ax + b)",
     "--phantom-steps 3": "expected --phantom-steps together with --adjoint phantom",
     "--adjoint phantom --grad-tol 1e-3": "expected --grad-tol together with --adjoint exact",
     "--momentum 0.5": "expected --momentum together with --optimizer sgd",
@@ -304,7 +344,7 @@ class TestBadFolders:
         [
             (lambda text: text[:40], "expected a whole run.json"),
             (lambda text: text.replace("hidden_dim", "hidden_size", 1), "unexpected keyword argument 'hidden_size'"),
-            (lambda text: text.replace('"kappa": 0.99', '"kappa": 7', 1), "expected --kappa strictly between 0 and 1"),
+            (lambda text: text.replace('"kappa": null', '"kappa": 7', 1), "expected --kappa strictly between 0 and 1"),
             (lambda text: "[]", "expected a whole run.json"),
         ],
         ids=["truncated", "unknown", "impossible", "list"],
@@ -381,8 +421,8 @@ class TestNoise:
         assert script.load() is main
 
 
-def built(**options) -> ImplicitModel:
-    return build.model(Options(hidden_dim=6, **options).check(), 5, 3)
+def built(**options) -> models.Model:
+    return models.model(Options(**options).check(), (1, 28, 28), 3)
 
 
 class TestBuild:
@@ -390,10 +430,26 @@ class TestBuild:
         assert isinstance(built(structure="triangular").constraint, StrictlyUpper)
         low_rank = built(structure="low-rank", rank=2, kappa=0.9)
         assert isinstance(low_rank.constraint, LowRank)
-        assert low_rank.L.shape == (6, 2)
+        assert low_rank.L.shape == (100, 2)
         assert low_rank.constraint.kappa == 0.9
         assert isinstance(built(constraint="row-projection").constraint, RowProjection)
         assert isinstance(built(constraint="soft-row-scaling").constraint, SoftRowScaling)
+        monotone = built(constraint="monotone", kappa=0.75).constraint
+        assert isinstance(monotone, Monotone)
+        assert monotone.m == 0.25
+
+    def test_models(self):
+        dense = built(model="deq-dense", hidden_dim=7)
+        assert (type(dense), dense.input_dim, dense.hidden_dim) == (DenseEquilibriumClassifier, 784, 7)
+        conv = built(model="deq-conv", channels=8, inner_channels=16, halvings=2, cells=1)
+        assert (type(conv), conv.input_channels, conv.channels, conv.inner_channels) == (
+            ConvEquilibriumClassifier, 1, 8, 16,
+        )  # fmt: skip
+        assert (conv.halvings, conv.cells) == (2, 1)
+        monotone = built(model="monotone-conv", channels=4, kappa=0.75)
+        assert (type(monotone), monotone.channels, monotone.m) == (MonotoneConvClassifier, 4, 0.25)
+        assert {parameter.dtype for parameter in monotone.parameters()} == {torch.float32}
+        assert monotone.solver == monotone.adjoint.solver == PeacemanRachford()
 
     def test_parts_and_activation(self):
         plain = built(no_D=True, bias=False, activation="tanh", on_failure="raise")
@@ -410,10 +466,14 @@ class TestBuild:
         )
         assert built(solver="anderson", memory=3).solver == Anderson(memory=3)
         assert built(solver="aitken", period=5).solver == Aitken(period=5)
+        assert built(solver="broyden", memory=4).solver == Broyden(memory=4)
+        assert built(model="deq-dense", solver="newton").solver == Newton()
+        assert built(solver="peaceman-rachford", constraint="monotone").solver == PeacemanRachford()
 
     def test_adjoints(self):
         exact = built(grad_solver="picard", grad_tol=1e-2, grad_max_steps=9).adjoint
         assert exact == ImplicitAdjoint(solver=Picard(rtol=1e-2, max_steps=9))
+        assert built(grad_solver="gmres").adjoint == ImplicitAdjoint(solver=GMRES())
         assert built(adjoint="phantom").adjoint == PhantomGradient(steps=1)
         assert built(adjoint="phantom", phantom_steps=4).adjoint == PhantomGradient(steps=4)
         assert built(adjoint="unrolled").adjoint == Unrolled()

@@ -12,18 +12,26 @@ import implicitdl
 ROOT = Path(implicitdl.__file__).parent
 # Each line is a layer, first the ones that stand on nothing.
 LAYERS = [
+    ["_context"],
     ["_checks"],
-    ["_store", "solution"],
-    ["activations"],
+    ["_store", "frozen", "solution"],
+    ["activations", "resolvent", "rows"],
     ["equilibrium"],
-    ["solvers", "linearize"],
+    ["circular", "linearize"],
+    ["jacobian", "solvers"],
     ["iterate"],
     ["adjoints"],
+    ["transforms"],
     ["fixed_point"],
     ["constraints"],
+    ["statespace"],
     ["nn"],
-    ["data", "training", "viz"],
+    ["certify"],
+    ["data", "training"],
+    ["sim"],
+    ["viz"],
     ["utils", "cli"],
+    ["zoo"],
     ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -21,11 +22,24 @@ from implicitdl import (
 )
 from implicitdl._checks import ArgumentError
 from implicitdl.activations import TANH
-from implicitdl.testing import SOLVERS, check_solver, problems
+from implicitdl.testing import (
+    EXPANDING_SOLVERS,
+    MONOTONE_SOLVERS,
+    SOLVERS,
+    check_solver,
+    expanding_problems,
+    monotone_problems,
+    problems,
+)
+
+CASES = [
+    *product(SOLVERS, problems()),
+    *product(EXPANDING_SOLVERS, expanding_problems()),
+    *product(MONOTONE_SOLVERS, monotone_problems()),
+]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("problem", problems(), ids=lambda p: p.name)
+@pytest.mark.parametrize(("solver", "problem"), CASES, ids=lambda part: getattr(part, "name", None) or repr(part))
 def test_solver_on_problem(solver, problem):
     check_solver(solver, problem)
 

@@ -584,6 +584,8 @@ for trial in range(kills):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, -signal.SIGKILL), code
         landed += code != 0
+        if code == 0:
+            duration /= 2  # it was through: the machine has less to do than when it was timed
     start(folder)
     found = files(folder)
     assert found.keys() == expected.keys(), (found.keys(), expected.keys())

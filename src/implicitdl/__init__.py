@@ -1,32 +1,56 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
-from . import activations, constraints, data, solvers, viz
+from . import activations, certify, constraints, data, sim, solvers, statespace, viz
 from .activations import Activation
-from .adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from .circular import CircularConvolution, CircularEquilibrium
 from .data import cifar_load, mnist_load
 from .equilibrium import Equilibrium, LowRankEquilibrium
 from .fixed_point import fixed_point, root
+from .jacobian import SpectralRadius, jacobian_regularization, spectral_radius
 from .nn import (
+    DEQ,
     ImplicitFunction,
     ImplicitFunctionInf,
     ImplicitFunctionTriu,
     ImplicitModel,
     ImplicitRNN,
     ImplicitRNNCell,
+    compress,
 )
-from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Solution
-from .solvers import Aitken, Anderson, Auto, Picard, Solver, Substitution
+from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Report, Solution
+from .solvers import (
+    GMRES,
+    Aitken,
+    Anderson,
+    Auto,
+    Broyden,
+    ForwardBackward,
+    Newton,
+    PeacemanRachford,
+    Picard,
+    Solver,
+    Substitution,
+)
+from .statespace import StateSpace, prune
 from .training import Logger, get_valid_accuracy, train
 
 __all__ = [
+    "DEQ",
+    "GMRES",
+    "SHINE",
     "Activation",
     "Adjoint",
     "Aitken",
     "Anderson",
     "Auto",
     "BackwardReport",
+    "Broyden",
+    "CircularConvolution",
+    "CircularEquilibrium",
     "ConvergenceError",
     "Equilibrium",
+    "ForwardBackward",
     "ImplicitAdjoint",
     "ImplicitFunction",
     "ImplicitFunctionInf",
@@ -38,21 +62,33 @@ __all__ = [
     "Logger",
     "LowRankEquilibrium",
     "Monitor",
+    "Newton",
+    "PeacemanRachford",
     "PhantomGradient",
     "Picard",
+    "Report",
     "Solution",
     "Solver",
+    "SpectralRadius",
+    "StateSpace",
     "Substitution",
     "Unrolled",
     "activations",
+    "certify",
     "cifar_load",
+    "compress",
     "constraints",
     "data",
     "fixed_point",
     "get_valid_accuracy",
+    "jacobian_regularization",
     "mnist_load",
+    "prune",
     "root",
+    "sim",
     "solvers",
+    "spectral_radius",
+    "statespace",
     "train",
     "viz",
 ]

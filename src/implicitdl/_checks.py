@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._context import plain
+
 
 class ArgumentError(ValueError):
     """A bad argument, in one worded sentence. The command line prints it and exits with 2."""
@@ -79,7 +81,7 @@ def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
 def finite(who: str, name: str, tensor: Tensor) -> None:
     # One reduction instead of isfinite().all(): a sum is finite unless an entry is not, or it overflows,
     # and only then are the entries looked at one by one.
-    if not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
+    if plain() and not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise wrong(
             who,

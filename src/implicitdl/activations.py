@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import wrong
 from .solution import ImplicitFunctionWarning
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -46,6 +47,22 @@ class Activation:
     def lipschitz(self) -> float:
         """max |φ'|: ‖A‖∞ ≤ κ / lipschitz makes x ↦ φ(Ax + b) a contraction."""
         return max(abs(self.slope[0]), abs(self.slope[1]))
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        """prox_αf(u) = (I + α∂f)⁻¹u of the convex f with φ = prox_f; f exists when the slopes of φ lie in [0, 1].
+
+        A φ that is linear on either side of 0 is y = s u with the slope s of that side, so ∂f(y) = (1/s − 1)y there,
+        and prox_αf(u) = s u / (s + α(1 − s)): φ itself for ReLU, another function for leaky ReLU.
+        """
+        if alpha == 1.0:
+            return self.phi(u)
+        if not self.homogeneous:
+            raise wrong(
+                "Activation.prox", "alpha=1 for an activation that is not positively homogeneous",
+                f"alpha={alpha:.6g} for {self.name}", "Use alpha=1, or an activation such as RELU.",
+            )  # fmt: skip
+        s = self.dphi(u)
+        return self.phi(u) / (s + alpha * (1 - s))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # phi and dphi may be lambdas, which pickle refuses; a built-in is found again by its name.

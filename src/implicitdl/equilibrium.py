@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .activations import RELU, Activation
+from .resolvent import bounds, resolvent
 
 
 class RowMap(Protocol):
@@ -36,6 +39,18 @@ class Linearization(Protocol):
 
     def adjoint_map(self, g: Tensor) -> RowMap:
         """v ↦ g + Jᵀv."""
+
+    def tangent_map(self, h: Tensor) -> RowMap:
+        """w ↦ h + J w."""
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """A map as a function of its tensors, ``build(*weights, *rows)``, which is what torch.func's transforms need."""
+
+    build: Callable[..., RowMap]
+    weights: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
 
 
 def check_interval(n: int) -> int:
@@ -79,6 +94,10 @@ class Equilibrium:
     def linearize(self, x: Tensor) -> EquilibriumLinearization:
         return EquilibriumLinearization(self, x)
 
+    def explicit(self) -> Explicit:
+        build = partial(Equilibrium, activation=self.activation, triangular=self.triangular)
+        return Explicit(build, (self.A,), (self.b,))
+
     def problem(self) -> Any:
         """The map to iterate, with `enter` and `leave` between its state and x."""
         return self
@@ -88,6 +107,21 @@ class Equilibrium:
 
     def leave(self, x: Tensor) -> Tensor:
         return x
+
+    def affine(self, y: Tensor) -> Tensor:
+        return torch.addmm(self.b, y, self._At)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return x
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        return self.activation.prox(u, alpha)
+
+    def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
+        return resolvent(self.A.detach(), alpha)
+
+    def bounds(self) -> tuple[float, float]:
+        return bounds(self.A.detach())
 
     def substitute(self) -> Tensor | None:
         """The solution by one pass of back substitution, exact; None when A is not triangular."""
@@ -114,6 +148,10 @@ class EquilibriumLinearization:
             self._slope = self._f.activation.dphi(self._z)
         return self._slope
 
+    def jacobian(self, rows: Tensor) -> Tensor:
+        """J of the samples ``rows``, (len(rows), n, n)."""
+        return self.slope[rows].unsqueeze(2) * self._f.A.detach()
+
     def vjp(self, v: Tensor) -> Tensor:
         return (v * self.slope) @ self._f.A.detach()
 
@@ -123,9 +161,16 @@ class EquilibriumLinearization:
     def adjoint_map(self, g: Tensor) -> EquilibriumAdjoint:
         return EquilibriumAdjoint(self._f.A.detach(), self.slope, g, self._f.triangular)
 
+    def tangent_map(self, h: Tensor) -> EquilibriumTangent:
+        return EquilibriumTangent(self._f.A.detach(), self.slope, h, self._f.triangular)
+
 
 class EquilibriumAdjoint:
-    """v ↦ g + (v ∘ φ') A, linear."""
+    """v ↦ g + (v ∘ φ') A, linear.
+
+    y = φ' ∘ v solves y = φ' ∘ (yA + g), whose "activation" z ↦ φ' ∘ z has slopes in [0, 1] like φ: splitting serves
+    it as it serves the equilibrium, with Aᵀ in place of A.
+    """
 
     def __init__(self, A: Tensor, slope: Tensor, g: Tensor, triangular: bool) -> None:
         self.A, self.slope, self.g, self.triangular = A, slope, g, triangular
@@ -137,6 +182,26 @@ class EquilibriumAdjoint:
     def take(self, rows: Tensor) -> EquilibriumAdjoint:
         return EquilibriumAdjoint(self.A, self.slope[rows], self.g[rows], self.triangular)
 
+    @property
+    def b(self) -> Tensor:
+        return self.g
+
+    def affine(self, y: Tensor) -> Tensor:
+        return torch.addmm(self.g, y, self.A)
+
+    def inner(self, v: Tensor) -> Tensor:
+        return v * self.slope
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        """The v with φ' ∘ v = φ' u / (φ' + α(1 − φ')), and v = u at α = 1 whatever φ'."""
+        return u / (self.slope + alpha * (1 - self.slope))
+
+    def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
+        return resolvent(self.A.t(), alpha)
+
+    def bounds(self) -> tuple[float, float]:
+        return bounds(self.A)
+
     def substitute(self) -> Tensor | None:
         if not self.triangular:
             return None
@@ -144,6 +209,32 @@ class EquilibriumAdjoint:
         slope = self.slope
         s = _substitute(self.A, self.g, lambda z, i: z * slope[:, i], backwards=False)
         return torch.addmm(self.g, s, self.A)
+
+
+class EquilibriumTangent(EquilibriumAdjoint):
+    """w ↦ h + φ' ∘ (wAᵀ), linear: y = w − h solves y = φ' ∘ (yAᵀ + hAᵀ), the adjoint's equation with A transposed."""
+
+    def __init__(self, A: Tensor, slope: Tensor, h: Tensor, triangular: bool) -> None:
+        super().__init__(A.t(), slope, h @ A.t(), triangular)
+        self.h = h
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return torch.addcmul(self.h, w @ self.A, self.slope)
+
+    def take(self, rows: Tensor) -> EquilibriumTangent:
+        return EquilibriumTangent(self.A.t(), self.slope[rows], self.h[rows], self.triangular)
+
+    def inner(self, w: Tensor) -> Tensor:
+        return w - self.h
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        return self.h + self.slope * super().prox(u, alpha)
+
+    def substitute(self) -> Tensor | None:
+        if not self.triangular:
+            return None
+        slope = self.slope
+        return self.h + _substitute(self.A, self.g, lambda z, i: z * slope[:, i], backwards=True)
 
 
 class LowRankEquilibrium(Equilibrium):
@@ -203,6 +294,11 @@ class ReducedEquilibrium:
     def linearize(self, s: Tensor) -> ReducedLinearization:
         return ReducedLinearization(self._f, s)
 
+    def explicit(self) -> Explicit:
+        f = self._f
+        phi = f.activation
+        return Explicit(lambda L, R, b: LowRankEquilibrium(L, R, b, phi).problem(), (f.L, f.R), (f.b,))
+
 
 class ReducedLinearization:
     """φ(sLᵀ + b)R at s: J = Rᵀ diag(φ'(z)) L."""
@@ -222,6 +318,10 @@ class ReducedLinearization:
 
     def adjoint_map(self, g: Tensor) -> ReducedAdjoint:
         return ReducedAdjoint(self._L, self._R, self._slope, g, self._interval)
+
+    def tangent_map(self, h: Tensor) -> ReducedAdjoint:
+        # J and Jᵀ differ by the places of L and R.
+        return ReducedAdjoint(self._R, self._L, self._slope, h, self._interval)
 
 
 class ReducedAdjoint:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import transforms
 from ._checks import wrong
+from ._context import outside_graphs, plain
 from .adjoints import Adjoint, ImplicitAdjoint
 from .equilibrium import Equilibrium
+from .rows import RowsOf, State
 from .solution import BackwardReport, OnFailure, Solution, announce, check_on_failure
 from .solvers import Auto, Solver
-
-State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 def fixed_point(
@@ -32,22 +32,34 @@ def fixed_point(
     Whatever f closes over gets its gradient; data goes through ``args``, whose first dimension is the batch, so that
     finished samples can leave it.  With data in a closure they are only frozen.
 
+    Where f is an `Equilibrium`, torch.func's transforms and those of one another go through the solve, and so do the
+    dual numbers of ``torch.autograd.forward_ad``: vmap over b adds rows, vmap over weights solves each model in turn.
+    A function is refused there.  A transform sees the arguments of what it is applied to, and not what they are
+    computed with inside; the derivative with respect to a weight in a closure would be lost without a word.
+
+    ``torch.compile`` ends a graph at the solve and begins the next one behind it.  Put it around the model, and a
+    gradient of torch.func around neither: a graph cannot end inside one.
+
     Arguments:
-        f: maps a state, and args, to a state of the same shape.  Each sample must be mapped on its own (batch norm
-            in training is the known exception: its samples are coupled, and so are their answers).
+        f: maps a state, and args, to a state of the same shape, each sample on its own.  A Module with batch norm in
+            training is the exception: the batch is solved as one, and its figures are those of every sample.  Where f
+            draws noise, or is a Module with running statistics, a solve draws and updates them once (`Frozen`).
         x0: where to start, (batch, \\*state), or a tuple of such.  The solution's gradient does not depend on it.
         args: tensors (batch, ...) that go with the samples.
         solver: how to solve; `Auto()` by default.
         adjoint: how to differentiate; the exact `ImplicitAdjoint()` by default.
         on_failure: what a sample that misses the tolerance causes, forward and backward: "raise" `ConvergenceError`,
             "warn" `ImplicitFunctionWarning`, or "ignore".
-        trace: keep the residual of every evaluation.
+        trace: keep the residual of every evaluation; inside a transform, filled up with NaN to ``max_steps`` rows.
 
     Returns:
-        The `Solution`: value, residual, steps and converged per sample, and the report of the backward solve.
+        The `Solution`: value, residual, steps and converged per sample, and the report of the backward solve,
+        which stays empty inside a transform.
 
     Raises:
-        ArgumentError: x0 empty or not floating point, args not batch-first, f of another shape.
+        ArgumentError: x0 empty or not floating point, args not batch-first, f of another shape; under a transform, an
+            f that is not an `Equilibrium`, an activation that closes over a tensor of the transform's, an adjoint
+            other than `ImplicitAdjoint`.
         ConvergenceError: under ``on_failure="raise"``.
 
     Example:
@@ -61,18 +73,29 @@ def fixed_point(
         >>> u.grad.shape
         torch.Size([2, 1])
     """
+    if torch.compiler.is_dynamo_compiling():  # how many steps a solve takes is no matter of a graph
+        solution: Solution = outside_graphs(fixed_point)(
+            f, x0, *args, solver=solver, adjoint=adjoint, on_failure=on_failure, trace=trace
+        )
+        return solution
     solver = Auto() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     who = f"fixed_point({type(solver).__name__})"
     _check(who, solver, adjoint, on_failure, x0, args)
-    problem = f.problem() if isinstance(f, Equilibrium) and not args else _RowsOf(who, f, x0, args)
+    if not plain():
+        return transforms.solve(who, None if args else f, x0, solver, adjoint, on_failure, trace)
+    problem = f.problem() if isinstance(f, Equilibrium) and not args else RowsOf(who, f, x0, args)
     start = problem.enter(x0)
     report = BackwardReport()
     rows, outcome = adjoint.solve(problem, start, solver, on_failure, trace, report)
+    if isinstance(problem, RowsOf) and problem.samples is not None:
+        outcome = outcome.of_each(problem.samples)
     announce(
         who, "forward", outcome.residual, outcome.steps, outcome.converged, outcome.all_converged, outcome.rtol,
         solver.max_steps, on_failure,
     )  # fmt: skip
+    if isinstance(problem, RowsOf):
+        problem.settle()
     if rows is start:  # x0 was the solution; the user may go on to change either in place
         rows = rows.clone()
     return Solution(problem.leave(rows), outcome.residual, outcome.steps, outcome.converged, outcome.trace, report)
@@ -92,63 +115,26 @@ def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> S
         >>> round(x.item(), 4), round(a.grad.item(), 4)  # √2 and 1 / (2√2)
         (1.4142, 0.3536)
     """
+    return fixed_point(_Descent(g), x0, *args, **options)
 
-    def f(x: State, *args: Tensor) -> State:
-        gx = g(x, *args)
+
+class _Descent(nn.Module):
+    """x − g(x, \\*args); a Module, so that what g is made of is still seen."""
+
+    def __init__(self, g: Callable[..., State]) -> None:
+        super().__init__()
+        self.g = g
+
+    def forward(self, x: State, *args: Tensor) -> State:
+        gx = self.g(x, *args)
         if isinstance(x, tuple):
             return tuple(part - step for part, step in zip(x, gx, strict=True))
         assert isinstance(gx, Tensor)
         return x - gx
 
-    return fixed_point(f, x0, *args, **options)
-
-
-class _RowsOf:
-    """f on states of any shape, or on tuples of them, as a map of rows."""
-
-    check_interval = 1  # nothing is known of f: it may cost far more than a look at the residual
-
-    def __init__(self, who: str, f: Callable[..., State], like: State, args: tuple[Tensor, ...]) -> None:
-        self._who, self._f, self._args = who, f, args
-        self._tuple = isinstance(like, tuple)
-        self._shapes = [part.shape[1:] for part in (like if isinstance(like, tuple) else (like,))]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        fx = self._f(self.leave(x), *self._args)
-        parts = fx if isinstance(fx, tuple) else (fx,)
-        if [part.shape[1:] for part in parts] != self._shapes or parts[0].shape[0] != x.shape[0]:
-            expected = [(x.shape[0], *shape) for shape in self._shapes]
-            raise wrong(self._who, f"f to return shape {expected}", [tuple(part.shape) for part in parts])
-        return self._pack(parts)
-
-    def take(self, rows: Tensor) -> _RowsOf | None:
-        if not self._args:
-            return None
-        like = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
-        args = tuple(arg[rows] for arg in self._args)
-        return _RowsOf(self._who, self._f, like if self._tuple else like[0], args)
-
-    def enter(self, x: State) -> Tensor:
-        return self._pack(x if isinstance(x, tuple) else (x,))
-
-    def leave(self, rows: Tensor) -> State:
-        if not self._tuple:
-            return rows.view(-1, *self._shapes[0])
-        sizes = [prod(shape) for shape in self._shapes]
-        return tuple(part.reshape(-1, *shape) for part, shape in zip(rows.split(sizes, 1), self._shapes, strict=True))
-
-    @staticmethod
-    def _pack(parts: tuple[Tensor, ...]) -> Tensor:
-        flat = [part.reshape(part.shape[0], -1) for part in parts]
-        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-
 
 def _check(who: str, solver: Solver, adjoint: Adjoint, on_failure: str, x0: State, args: tuple[Tensor, ...]) -> None:
-    if not isinstance(solver, Solver):
-        raise wrong(who, "solver to be a Solver", repr(solver), "Pass an instance, such as Anderson().")
-    if not isinstance(adjoint, Adjoint):
-        raise wrong(who, "adjoint to be an Adjoint", repr(adjoint), "Pass an instance, such as Unrolled().")
-    check_on_failure(who, on_failure)
+    check_settings(who, solver, adjoint, on_failure)
     parts = x0 if isinstance(x0, tuple) else (x0,)
     for part in parts:
         if not isinstance(part, Tensor) or not part.is_floating_point():
@@ -168,3 +154,12 @@ def _check(who: str, solver: Solver, adjoint: Adjoint, on_failure: str, x0: Stat
                 who, f"args to be tensors of shape (batch={parts[0].shape[0]}, ...)", got,
                 "Let f close over weights; args are for data.",
             )  # fmt: skip
+
+
+def check_settings(who: str, solver: Any, adjoint: Any, on_failure: Any) -> None:
+    """The settings of a solve, at the door where the user gives them."""
+    if not isinstance(solver, Solver):
+        raise wrong(who, "solver to be a Solver", repr(solver), "Pass an instance, such as Anderson().")
+    if not isinstance(adjoint, Adjoint):
+        raise wrong(who, "adjoint to be an Adjoint", repr(adjoint), "Pass an instance, such as Unrolled().")
+    check_on_failure(who, on_failure)

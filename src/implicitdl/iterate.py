@@ -7,7 +7,7 @@ operations per look would cost more than the sweeps between two looks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .equilibrium import RowMap
 from .solvers.base import Solver
+from .solvers.inverse import InverseEstimate
 
 # Finished samples leave the batch when half of it has; for a map that calls itself cheap, only when the numbers that
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
@@ -26,7 +27,12 @@ _HOLD_UP_TO = 1 << 18
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the loop found: the best iterate of every sample and its figures, as `Solution` describes them."""
+    """What the loop found: the best iterate of every sample and its figures, as `Solution` describes them.
+
+    Attributes:
+        inverse: (I − J)⁻¹ as the solver knew it when each sample finished; None where the solver estimates none, or
+            it was not asked for.
+    """
 
     x: Tensor
     residual: Tensor
@@ -35,11 +41,18 @@ class Outcome:
     all_converged: bool
     trace: Tensor | None
     rtol: float
+    inverse: InverseEstimate | None = None
+
+    def of_each(self, samples: int) -> Outcome:
+        """The figures of the one row that holds a coupled batch, as those of every sample in it."""
+        figures = {name: getattr(self, name).expand(samples) for name in ("residual", "steps", "converged")}
+        trace = None if self.trace is None else self.trace.expand(-1, samples)
+        return replace(self, **figures, trace=trace)
 
 
-def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False) -> Outcome:
+def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False, keep_inverse: bool = False) -> Outcome:
     """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate."""
-    results = _Results(x, solver, trace)
+    results = _Results(x, solver, trace, keep_inverse)
     rows = np.arange(x.shape[0])
     with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
         for method in solver.stages(f):
@@ -52,7 +65,7 @@ def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False) -> Out
 class _Results:
     """The figures of the whole batch, kept on the host, and what every finished sample ended with."""
 
-    def __init__(self, x: Tensor, solver: Solver, trace: bool) -> None:
+    def __init__(self, x: Tensor, solver: Solver, trace: bool, keep_inverse: bool) -> None:
         batch = x.shape[0]
         self.solver = solver
         self.rtol = solver.tolerance(x.dtype)
@@ -62,6 +75,8 @@ class _Results:
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
         # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
         self._finished: list[tuple[np.ndarray, np.ndarray | None, Tensor]] = []
+        self.keep_inverse = keep_inverse
+        self._inverses: list[tuple[Tensor, InverseEstimate]] = []
 
     def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
         """Store the value and the residual of those of ``rows`` that ``which`` marks."""
@@ -75,6 +90,13 @@ class _Results:
             self._finished.append((rows[ended], None, x.index_select(0, _tensor(ended, x))))
         else:
             self._finished.append((rows[ended], ended, x))
+
+    def keep(self, rows: np.ndarray, which: np.ndarray, inverse: InverseEstimate | None) -> None:
+        """Store the inverse estimate of those of ``rows`` that ``which`` marks."""
+        if inverse is not None:
+            self._inverses.append(
+                (_tensor(rows[which], inverse.left), inverse.take(_tensor(which.nonzero()[0], inverse.left)))
+            )
 
     def outcome(self) -> Outcome:
         x = self._values()
@@ -90,6 +112,7 @@ class _Results:
             all_converged=bool(self.converged.all()),
             trace=None if trace is None else _tensor(trace.astype(figures), x),
             rtol=self.rtol,
+            inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
         )
 
     def _values(self) -> Tensor:
@@ -125,6 +148,7 @@ class _Stage:
         self.best_x, self.best = x, results.residual.copy()
         self.previous: np.ndarray | None = None
         self.before = results.steps.copy()
+        self._difference: Tensor | None = None
 
     def run(self) -> tuple[Tensor, np.ndarray]:
         """The batch's iterates where the next stage should start, and the rows that it should take."""
@@ -132,7 +156,7 @@ class _Stage:
         method, results = self.method, self.results
         interval = method.check_interval(self.f)
         state = method.init(self.f, self.x)
-        fx = self.f(self.x)
+        fx = method.evaluate(self.f, self.x, state)
         if fx.dtype != self.x.dtype:  # autocast decides the dtype of the state
             self.x, self.start, self.best_x = (t.to(fx.dtype) for t in (self.x, self.start, self.best_x))
         results.rtol = results.solver.tolerance(fx.dtype)
@@ -143,14 +167,17 @@ class _Stage:
         while True:
             scheduled = sweep % interval == 0 and sweep >= first
             wanted = scheduled or spent >= self._budget or results.trace is not None
+            were_live = self.live
             if wanted and self._look(fx, spent, interval, scheduled):
+                if results.keep_inverse:
+                    results.keep(self.rows, were_live & ~self.live, method.inverse(state))
                 if not self.live.any():
                     return self.start, self.handed.nonzero()[0]
                 kept = self._drop_finished()
                 if kept is not None:
                     state, fx = method.take(state, kept), fx.index_select(0, kept)
             self.x, state, extra = method.step(self.f, self.x, fx, state)
-            fx = self.f(self.x)
+            fx = method.evaluate(self.f, self.x, state)
             spent += 1 + extra
             sweep += 1
 
@@ -208,7 +235,11 @@ class _Stage:
         if fx.dtype in (torch.bfloat16, torch.float16):
             x, fx = x.float(), fx.float()
         size = torch.linalg.vector_norm(fx, dim=1).cpu().numpy()
-        residual: np.ndarray = torch.linalg.vector_norm(fx - x, dim=1).cpu().numpy()
+        # On a large state a fresh tensor costs several times the subtraction that fills it.
+        if self._difference is None or self._difference.shape != fx.shape:
+            self._difference = torch.empty_like(fx)
+        torch.sub(fx, x, out=self._difference)
+        residual: np.ndarray = torch.linalg.vector_norm(self._difference, dim=1).cpu().numpy()
         floor = self.results.solver.atol / self.results.rtol
         return residual / np.maximum(size + floor if floor else size, np.finfo(size.dtype).tiny)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,34 @@ class _AutogradLinearization:
         # A leaf would collect a gradient nobody asked for; behind this node nothing arrives.
         self._x = _Source.apply(x.detach().requires_grad_())
         self.value = f(self._x)
-        self._check_interval = f.check_interval
+        self._f = f
+        device = x.device.type
+        # Products are asked for in backward, outside of the user's autocast region.
+        self._autocast = partial(
+            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
 
     @classmethod
     def at(cls, f: RowMap, x: Tensor) -> _AutogradLinearization | None:
         """None when nothing but x itself requires a gradient."""
         self = cls(f, x)
         return self if _depends_on_more_than(self.value, self._x) else None
+
+    def take(self, rows: Tensor) -> _AutogradLinearization | None:
+        """The same for some of the samples, by one more evaluation of f: a graph belongs to its whole batch.
+
+        None where f cannot be divided, or is not what it was any more: a value that differs by more than rounding
+        tells of something that was changed since.
+        """
+        f = self._f.take(rows)
+        if f is None:
+            return None
+        with torch.enable_grad(), self._autocast():
+            part = _AutogradLinearization(f, self._x.detach().index_select(0, rows))
+        before, now = self.value.detach().index_select(0, rows).float(), part.value.detach().float()
+        # Rounding depends on the batch size, through the order of sums.
+        same = (now - before).norm() <= torch.finfo(self.value.dtype).eps ** 0.5 * before.norm()
+        return part if bool(same) else None
 
     def vjp(self, v: Tensor) -> Tensor:
         return vjp(self.value, self._x, v, create_graph=False)
@@ -46,22 +68,28 @@ class _AutogradLinearization:
         return vjp(Jtv, v, w, create_graph=False)
 
     def adjoint_map(self, g: Tensor) -> RowMap:
-        return AdjointMap(self.vjp, g)
+        return _LinearMap(self, _AutogradLinearization.vjp, g)
+
+    def tangent_map(self, h: Tensor) -> RowMap:
+        return _LinearMap(self, _AutogradLinearization.jvp, h)
 
 
-class AdjointMap:
-    """v ↦ g + Jᵀv.  A graph belongs to the whole batch, so finished samples are frozen and not taken out."""
+class _LinearMap:
+    """v ↦ g + Jᵀv or w ↦ h + J w."""
 
     check_interval = 1
 
-    def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor) -> None:
-        self._product, self._g = product, g
+    def __init__(
+        self, at: _AutogradLinearization, product: Callable[[_AutogradLinearization, Tensor], Tensor], g: Tensor
+    ) -> None:
+        self._at, self._product, self._g = at, product, g
 
     def __call__(self, v: Tensor) -> Tensor:
-        return self._g + self._product(v)
+        return self._g + self._product(self._at, v)
 
     def take(self, rows: Tensor) -> RowMap | None:
-        return None
+        at = self._at.take(rows)
+        return None if at is None else _LinearMap(at, self._product, self._g.index_select(0, rows))
 
 
 class _Source(torch.autograd.Function):

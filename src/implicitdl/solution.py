@@ -53,6 +53,21 @@ class Solution:
     trace: Tensor | None = None
     backward: BackwardReport = field(default_factory=BackwardReport)
 
+    def report(self) -> Report:
+        """The figures without the value; those of the backward solve still arrive when it runs."""
+        return Report(self.residual, self.steps, self.converged, self.trace, self.backward)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a `Solution`, which hold neither its value nor a graph."""
+
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+    trace: Tensor | None
+    backward: BackwardReport
+
 
 class Monitor:
     """Collects the report of every solve, forward and backward, made while it is open.

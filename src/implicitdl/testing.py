@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,102 +18,49 @@ from .adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from .constraints import (
     Constraint,
     LowRank,
+    Monotone,
     RowProjection,
     RowScaling,
     SoftRowScaling,
+    SpectralNorm,
     StrictlyUpper,
     Unconstrained,
+    WeightedRowScaling,
 )
 from .equilibrium import Equilibrium
 from .fixed_point import fixed_point
 from .solution import ImplicitFunctionWarning, Solution
-from .solvers import Aitken, Anderson, Auto, Picard, Solver
+from .solvers import (
+    GMRES,
+    Aitken,
+    Anderson,
+    Auto,
+    Broyden,
+    ForwardBackward,
+    Newton,
+    PeacemanRachford,
+    Picard,
+    Solver,
+)
+from .zoo import Problem, expanding_problems, monotone_problems, problems
+
+__all__ = [
+    "APPROXIMATE_ADJOINTS",
+    "CONSTRAINTS",
+    "EXACT_ADJOINTS",
+    "EXPANDING_SOLVERS",
+    "MONOTONE_SOLVERS",
+    "SOLVERS",
+    "Problem",
+    "check_adjoint",
+    "check_constraint",
+    "check_solver",
+    "expanding_problems",
+    "monotone_problems",
+    "problems",
+]
 
 F64 = torch.float64
-
-
-@dataclass(frozen=True)
-class Problem:
-    """x = f(x, *args) with its exact answer.
-
-    Attributes:
-        exact: (batch, *state) the solution; NaN for samples that have none.
-        solvable: (batch,) which samples have one that every solver must find.
-        conditioning: bound on the error of a sample, in units of its relative residual times ‖x*‖.
-    """
-
-    name: str
-    f: Callable[..., Tensor]
-    x0: Tensor
-    args: tuple[Tensor, ...]
-    exact: Tensor
-    solvable: Tensor
-    conditioning: float
-
-    def solve(self, solver: Solver, **options: Any) -> Solution:
-        return fixed_point(self.f, self.x0, *self.args, solver=solver, **options)
-
-    def sample(self, i: int) -> Problem:
-        """One of its samples, alone."""
-        one = slice(i, i + 1)
-        args = tuple(arg[one] for arg in self.args)
-        return Problem(self.name, self.f, self.x0[one], args, self.exact[one], self.solvable[one], self.conditioning)
-
-
-def problems() -> list[Problem]:
-    """The zoo: contractive, slow, non-normal, rotation, mixed difficulty, divergent, NaN in one sample, zero."""
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=F64)
-
-    def affine(name: str, A: Tensor, batch: int = 4) -> Problem:
-        exact = normal(batch, A.shape[0])
-        # ‖x − x*‖ ≤ ‖(I − A)⁻¹‖ ‖f(x) − x‖, and twice that for ‖f(x)‖ in place of ‖x*‖.
-        condition = 2 * float(torch.linalg.matrix_norm(torch.linalg.inv(torch.eye(len(A), dtype=F64) - A), 2))
-        return Problem(
-            name, lambda x, b: x @ A.t() + b, torch.zeros_like(exact), (exact - exact @ A.t(),), exact,
-            torch.ones(batch, dtype=torch.bool), condition,
-        )  # fmt: skip
-
-    n = 12
-    W = 0.4 * normal(n, n) / n**0.5
-    inside = torch.tanh(normal(5, n))
-    contractive = Problem(
-        "contractive", lambda x, b: torch.tanh(x @ W.t() + b), torch.zeros(5, n, dtype=F64),
-        (torch.atanh(inside) - inside @ W.t(),), inside, torch.ones(5, dtype=torch.bool), 20.0,
-    )  # fmt: skip
-
-    positive = torch.rand(n, n, generator=g, dtype=F64)
-    slow = affine("slow", 0.99 * positive / positive.sum(dim=1, keepdim=True))
-    non_normal = affine("non-normal", 0.5 * torch.eye(6, dtype=F64) + torch.diag(torch.full((5,), 3.0, dtype=F64), 1))
-    turn = 0.95 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=F64)
-    rotation = affine("rotation", torch.block_diag(turn, turn @ turn, 0.5 * turn))
-
-    rates = torch.tensor([[0.0], [0.5], [0.9], [0.98]], dtype=F64)
-    target = normal(4, 3)
-    mixed = Problem(
-        "mixed", lambda x, c, t: c * x + (1 - c) * t, torch.zeros(4, 3, dtype=F64), (rates.expand(4, 3), target),
-        target, torch.ones(4, dtype=torch.bool), 100.0,
-    )  # fmt: skip
-
-    divergent = Problem(
-        "divergent", lambda x: x * x + 1, torch.ones(3, 1, dtype=F64), (), torch.full((3, 1), torch.nan, dtype=F64),
-        torch.zeros(3, dtype=torch.bool), torch.inf,
-    )  # fmt: skip
-
-    poisoned = normal(3, 2)
-    poisoned[1] = torch.nan
-    nan_sample = Problem(
-        "nan-sample", lambda x, b: 0.5 * x + b, torch.zeros(3, 2, dtype=F64), (poisoned,), 2 * poisoned,
-        torch.tensor([True, False, True]), 4.0,
-    )  # fmt: skip
-
-    zero = Problem(
-        "zero", lambda x: 0 * x, torch.zeros(2, 4, dtype=F64), (), torch.zeros(2, 4, dtype=F64),
-        torch.ones(2, dtype=torch.bool), 1.0,
-    )  # fmt: skip
-    return [contractive, slow, non_normal, rotation, mixed, divergent, nan_sample, zero]
 
 
 def check_solver(solver: Solver, problem: Problem) -> None:
@@ -220,12 +166,34 @@ SOLVERS: list[Solver] = [
     Anderson(),
     Anderson(damping=0.8),
     Auto(),
+    Auto(slow=Broyden()),
+    Broyden(),
+    Broyden(memory=5, line_search=False),
+    Newton(),
+    Newton(dense=False),
+    GMRES(),
+]
+# What also solves maps that expand, and what solves monotone models, whatever the size of A.
+EXPANDING_SOLVERS: list[Solver] = [
+    Broyden(memory=40, max_steps=2000),
+    Newton(),
+    Newton(dense=False),
+    GMRES(),
+]
+MONOTONE_SOLVERS: list[Solver] = [
+    PeacemanRachford(),
+    PeacemanRachford(alpha=1.0, sweeps=1, max_steps=500),
+    ForwardBackward(max_steps=5000),
+    Newton(),
+    Newton(dense=False),
+    Broyden(),
 ]
 EXACT_ADJOINTS: list[Adjoint] = [
     ImplicitAdjoint(),
     ImplicitAdjoint(order=2),
     ImplicitAdjoint(order=2, solver=Anderson()),
     Unrolled(),
+    Unrolled(checkpoint=True),
 ]
 APPROXIMATE_ADJOINTS: list[Adjoint] = [PhantomGradient(), PhantomGradient(steps=5, damping=0.9)]
 CONSTRAINTS: list[Constraint] = [
@@ -236,4 +204,7 @@ CONSTRAINTS: list[Constraint] = [
     SoftRowScaling(kappa=0.9),
     StrictlyUpper(),
     LowRank(kappa=0.9, rank=2),
+    Monotone(m=0.1),
+    SpectralNorm(kappa=0.9),
+    WeightedRowScaling(kappa=0.9, weights=torch.linspace(1.0, 3.0, 6, dtype=F64)),
 ]

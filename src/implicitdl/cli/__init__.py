@@ -1,4 +1,4 @@
-"""The command line `implicitdl`: train, evaluate, plot, info.
+"""The command line `implicitdl`: train, evaluate, plot, certify, info.
 
 Names become classes here and nowhere else; what a command does is the library's public calls in a row.
 """

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import fit, report
+from . import certify as proofs
+from . import fit, report, sim
 from .fit import RunInterruptedError
 from .options import Options, with_options
 
@@ -79,9 +80,30 @@ def plot(run: Run, root: Root = None) -> None:
 
 
 @app.command()
+def certify(
+    run: Run,
+    eps: Annotated[
+        list[float] | None,
+        typer.Option(help="Radius of every pixel in [0, 1]; give it once for each.  0.01, 0.05 and 0.1 by default."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Test samples to look at.")] = 1000,
+    method: Annotated[str, typer.Option(help=" | ".join(proofs.METHODS))] = "crown",
+    slope_steps: Annotated[int, typer.Option(help="Steps that improve the slopes of crown's lines.")] = 0,
+    rounds: Annotated[int, typer.Option(help="How often crown refines the bounds it starts from.")] = 0,
+    attack_steps: Annotated[int, typer.Option(help="Steps of the PGD attack.")] = 20,
+    restarts: Annotated[int, typer.Option(help="Starts of the attack.")] = 1,
+    root: Root = None,
+    device: Device = None,
+) -> None:
+    """Prove what can be proved about a run's best checkpoint: well-posedness, Lipschitz constants, robust accuracy."""
+    proofs.certify(run, eps or proofs.RADII, samples, method, slope_steps, rounds, attack_steps, restarts, root, device)
+
+
+@app.command()
 def info(run: Run) -> None:
     """Sizes, norms, steps and sparsity of a run's best checkpoint."""
     report.info(run)
 
 
+app.command()(sim.sim)
 command = typer.main.get_command(app)

@@ -1,4 +1,4 @@
-"""From the names in the options to the library's objects."""
+"""From the names in the options to the data, the optimiser and the device."""
 
 from __future__ import annotations
 
@@ -7,65 +7,15 @@ from typing import Any
 
 import torch
 
-from .. import activations, constraints
 from .._checks import wrong
-from ..adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from ..data import Data, load
-from ..nn import ImplicitFunctionInf, ImplicitFunctionTriu, ImplicitModel
-from ..solvers import Aitken, Anderson, Auto, Picard, Solver
 from .options import Options
-
-_CONSTRAINTS = {
-    "row-scaling": constraints.RowScaling,
-    "row-projection": constraints.RowProjection,
-    "soft-row-scaling": constraints.SoftRowScaling,
-}
-_SOLVERS: dict[str, type[Solver]] = {"auto": Auto, "picard": Picard, "aitken": Aitken, "anderson": Anderson}
 
 
 def data(options: Options, root: str | None = None) -> Data:
     """The dataset in its three parts; `root` comes before the option."""
     where = options.root if root is None else root
     return load(options.data, options.batch_size, where, holdout=options.holdout, seed=options.split_seed)
-
-
-def model(options: Options, input_dim: int, output_dim: int) -> ImplicitModel:
-    """The model of the options, float32, with weights drawn from the global stream."""
-    low_rank = options.structure == "low-rank"
-    return ImplicitModel(
-        input_dim=input_dim,
-        output_dim=output_dim,
-        hidden_dim=options.hidden_dim,
-        f=ImplicitFunctionTriu if options.structure == "triangular" else ImplicitFunctionInf,
-        no_D=options.no_D,
-        bias=options.bias,
-        mitr=options.max_steps,
-        grad_mitr=options.grad_max_steps,
-        tol=options.tol,
-        grad_tol=options.grad_tol,
-        kappa=options.kappa,
-        is_low_rank=low_rank,
-        rank=options.rank,
-        activation=activations.BUILTIN[options.activation],
-        constraint=None if options.constraint is None else _CONSTRAINTS[options.constraint],
-        solver=_solver(options),
-        adjoint=_adjoint(options),
-        on_failure=options.on_failure,  # type: ignore[arg-type]
-        dtype=torch.float32,  # what the loaders give
-    )
-
-
-def _solver(options: Options) -> Solver:
-    given: dict[str, Any] = {"damping": options.damping, "memory": options.memory, "period": options.period}
-    return _SOLVERS[options.solver](**{name: value for name, value in given.items() if value is not None})
-
-
-def _adjoint(options: Options) -> Adjoint:
-    if options.adjoint == "exact":
-        return ImplicitAdjoint(solver=_SOLVERS[options.grad_solver]())
-    if options.adjoint == "phantom":
-        return PhantomGradient(steps=1 if options.phantom_steps is None else options.phantom_steps)
-    return Unrolled()
 
 
 def optimizer(options: Options, parameters: Any) -> torch.optim.Optimizer:

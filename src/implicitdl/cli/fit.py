@@ -16,10 +16,10 @@ from torch import nn
 
 from .._checks import positive_int
 from ..data import Data
-from ..nn import ImplicitModel
 from ..solution import ImplicitFunctionWarning
 from ..training import train
-from . import build, folder, report
+from . import build, folder, models, report
+from .models import Model
 from .options import WHO, Options
 
 
@@ -48,7 +48,7 @@ def run(
         torch.set_num_threads(positive_int(WHO, "--threads", threads))
     data = build.data(options)
     torch.manual_seed(options.seed)
-    model = build.model(options, data.input_dim, data.output_dim)
+    model = models.model(options, data.train_ds.shape, data.output_dim)
     _try_one_step(model, data)
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process:
@@ -61,14 +61,14 @@ def run(
         raise RunInterruptedError(f"interrupted; go on with: implicitdl train --resume --out {dirname}") from None
     if main_process:
         place = next(model.parameters()).device
-        best = folder.best(WHO, dirname).to(place)
+        best = folder.best(WHO, dirname, options).to(place)
         missed = sum(row["missed"] or 0.0 for row in rows) / len(rows)
         report.say(f"best epoch: {_best_epoch(rows)} of {len(rows)}, chosen on {len(data.valid_ds):,} held-out samples")
         report.say_figures(report.measured(best, data.test_dl, place), training=missed)
 
 
 def _train(
-    options: Options, model: ImplicitModel, data: Data, dirname: Path, device: str | None, resume: bool
+    options: Options, model: Model, data: Data, dirname: Path, device: str | None, resume: bool
 ) -> list[dict[str, Any]]:
     opt = build.optimizer(options, model.parameters())
     batches = math.ceil(len(data.train_dl) / int(os.environ.get("WORLD_SIZE", "1")))
@@ -91,7 +91,7 @@ def _train(
     return logger.rows
 
 
-def _try_one_step(model: ImplicitModel, data: Data) -> None:
+def _try_one_step(model: Model, data: Data) -> None:
     """Forward and backward on one sample: settings that do not fit together show before a folder is made."""
     u, y = data.train_ds[0]
     with warnings.catch_warnings():
@@ -100,13 +100,12 @@ def _try_one_step(model: ImplicitModel, data: Data) -> None:
     model.zero_grad()
 
 
-def _opening(data: Data, options: Options, model: ImplicitModel, dirname: Path) -> str:
+def _opening(data: Data, options: Options, model: Model, dirname: Path) -> str:
     sizes = f"{len(data.train_ds):,} to train on, {len(data.valid_ds):,} held out, {len(data.test_ds):,} to test on"
-    n, p, q = model.hidden_dim, model.input_dim, model.output_dim
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{options.data}: {sizes}\n"
-        f"ImplicitModel: n = {n}, p = {p}, q = {q}, {parameters:,} parameters, {type(model.constraint).__name__}\n"
+        f"{type(model).__name__}: {report.sizes(model)}, {parameters:,} parameters\n"
         f"run: {dirname}"
     )
 

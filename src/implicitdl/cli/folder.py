@@ -14,8 +14,9 @@ from typing import Any
 
 from .. import _store
 from .._checks import ArgumentError, wrong
-from ..nn import ImplicitModel, pretrained
+from ..nn import pretrained
 from ..training.logger import BEST, JSONL, LAST, refuse_run
+from .models import CLASSES, Model
 from .options import WHO, Options, flag
 
 FILE = "run.json"
@@ -28,7 +29,8 @@ def new(options: Options, out: str | None) -> Path:
     if out is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise wrong(WHO, "--out when several processes train", "none", "Name the folder of this run.")
-        name = f"runs/{options.data}-n{options.hidden_dim}"
+        kind = f"n{options.hidden_dim}" if options.model == "implicit" else options.model
+        name = f"runs/{options.data}-{kind}"
         return next(path for i in itertools.count(1) if not (path := Path(f"{name}-{i}")).exists())
     folder = Path(out)
     refuse_run(WHO, folder, "Pass --resume to go on with it, or another --out.")
@@ -57,7 +59,7 @@ def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tupl
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, options: Options, model: ImplicitModel) -> Iterator[None]:
+def claimed(folder: Path, options: Options, model: Model) -> Iterator[None]:
     """Write run.json; take it back when training is refused, or fails before it has saved anything."""
     before = (folder / FILE).read_bytes() if (folder / FILE).is_file() else None
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -94,11 +96,11 @@ def read(who: str, folder: Path) -> Options:
         raise wrong(who, f"a whole {FILE} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
 
-def best(who: str, folder: Path) -> ImplicitModel:
-    """The best checkpoint of a run."""
+def best(who: str, folder: Path, options: Options) -> Model:
+    """The best checkpoint of a run with these options."""
     if not _store.exists(folder / BEST) and _store.exists(folder / LAST):
         raise wrong(who, f"a finished epoch in '{folder}'", "none yet", "Go on with it: implicitdl train --resume.")
-    return ImplicitModel.from_pretrained(folder / BEST)
+    return CLASSES[options.model].from_pretrained(folder / BEST)
 
 
 def rows(who: str, folder: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,20 @@ from ..data import NAMES
 
 WHO = "train"
 
+# The models, and which options shape each.  Another one's would have no effect.
+MODELS = {
+    "implicit": ("structure", "rank", "hidden_dim", "no_D", "bias", "kappa", "activation", "constraint"),
+    "deq-dense": ("hidden_dim",),
+    "deq-conv": ("channels", "inner_channels", "halvings", "cells"),
+    "monotone-conv": ("channels", "halvings", "cells", "kappa"),
+}
 STRUCTURES = ("dense", "triangular", "low-rank")
-CONSTRAINTS = ("row-scaling", "row-projection", "soft-row-scaling")
-SOLVERS = ("auto", "picard", "aitken", "anderson")
+CONSTRAINTS = ("row-scaling", "row-projection", "soft-row-scaling", "monotone")
+SOLVERS = (
+    "auto", "picard", "aitken", "anderson", "broyden", "newton", "peaceman-rachford", "forward-backward",
+)  # fmt: skip
+# Newton's step on the adjoint, which is linear, would be its solution: GMRES is the way without a matrix.
+GRAD_SOLVERS = (*(name for name in SOLVERS if name != "newton"), "gmres")
 ADJOINTS = ("exact", "phantom", "unrolled")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -42,25 +53,31 @@ class Options:
     holdout: Annotated[float, _data(help="Share of the training data that chooses the epoch.")] = 0.1
     split_seed: Annotated[int, _data(help="Seed of the split of digits and of the held-out part.")] = 0
 
-    model: Annotated[str, _model(help="implicit: x = φ(Ax + Bu), y = Cx + Du.")] = "implicit"
+    model: Annotated[str, _model(help=f"implicit is x = φ(Ax + Bu), y = Cx + Du: {_one_of(MODELS)}")] = "implicit"
     structure: Annotated[str, _model(help=f"of A: {_one_of(STRUCTURES)}")] = "dense"
     rank: Annotated[int | None, _model(help="r of a low-rank A = LRᵀ.")] = None
     hidden_dim: Annotated[int, _model(help="n, the size of the state.")] = 100
     no_D: Annotated[bool, _model("--no-D", help="Leave out Du.")] = False
     bias: Annotated[bool, _model("--bias/--no-bias", help="b_x and b_y.")] = True
-    kappa: Annotated[float, _model(help="κ in (0, 1); ‖A‖∞ ≤ κ / max|φ'|.")] = 0.99
+    kappa: Annotated[
+        float | None, _model(help="κ in (0, 1): ‖A‖∞ ≤ κ / max|φ'|; of a monotone A, I − A ⪰ (1 − κ)I.")
+    ] = None
     activation: Annotated[str, _model(help=f"φ: {_one_of(BUILTIN)}")] = "relu"
     constraint: Annotated[str | None, _model(help=f"of a dense A: {_one_of(CONSTRAINTS)}")] = None
+    channels: Annotated[int | None, _model(help="of a convolutional equilibrium.")] = None
+    inner_channels: Annotated[int | None, _model(help="between the convolutions of deq-conv.")] = None
+    halvings: Annotated[int | None, _model(help="of height and width, before the equilibrium.")] = None
+    cells: Annotated[int | None, _model(help="a side, that the image is averaged to before the linear layer.")] = None
 
-    solver: Annotated[str, _solving(help=_one_of(SOLVERS))] = "auto"
+    solver: Annotated[str, _solving(help=f"auto splits where A is monotone: {_one_of(SOLVERS)}")] = "auto"
     damping: Annotated[float | None, _solving(help="of picard and anderson, in (0, 2].")] = None
-    memory: Annotated[int | None, _solving(help="of anderson.")] = None
+    memory: Annotated[int | None, _solving(help="of anderson and broyden.")] = None
     period: Annotated[int | None, _solving(help="of aitken.")] = None
     tol: Annotated[float | None, _solving(help="Relative tolerance; the precision's default.")] = None
     max_steps: Annotated[int, _solving(help="of the forward solve, per sample.")] = 300
     adjoint: Annotated[str, _solving(help=_one_of(ADJOINTS))] = "exact"
     phantom_steps: Annotated[int | None, _solving(help="of the phantom gradient.")] = None
-    grad_solver: Annotated[str, _solving(help=f"of the exact adjoint: {_one_of(SOLVERS)}")] = "auto"
+    grad_solver: Annotated[str, _solving(help=f"of the exact adjoint: {_one_of(GRAD_SOLVERS)}")] = "auto"
     grad_tol: Annotated[float | None, _solving(help="of the exact adjoint.")] = None
     grad_max_steps: Annotated[int | None, _solving(help="of the exact adjoint.")] = None
     on_failure: Annotated[str, _solving(help=f"What a missed tolerance causes: {_one_of(FAILURES)}")] = "warn"
@@ -81,8 +98,8 @@ class Options:
     def check(self) -> Options:
         """Itself, or an `ArgumentError` about what the library would not word in terms of options."""
         for name, known in (
-            ("data", NAMES), ("model", ("implicit",)), ("structure", STRUCTURES), ("activation", tuple(BUILTIN)),
-            ("constraint", CONSTRAINTS), ("solver", SOLVERS), ("grad_solver", SOLVERS),
+            ("data", NAMES), ("model", tuple(MODELS)), ("structure", STRUCTURES), ("activation", tuple(BUILTIN)),
+            ("constraint", CONSTRAINTS), ("solver", SOLVERS), ("grad_solver", GRAD_SOLVERS),
             ("adjoint", ADJOINTS), ("on_failure", FAILURES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
         ):  # fmt: skip
@@ -94,7 +111,8 @@ class Options:
             non_negative_int(WHO, flag(name), getattr(self, name))
         for name in ("warmup", "label_smoothing"):
             fraction(WHO, flag(name), getattr(self, name))
-        open_unit(WHO, "--kappa", self.kappa)
+        if self.kappa is not None:
+            open_unit(WHO, "--kappa", self.kappa)
         positive(WHO, "--lr", self.lr)
         non_negative(WHO, "--weight-decay", self.weight_decay)
         if self.momentum is not None:
@@ -108,6 +126,13 @@ class Options:
 
     def _check_together(self) -> None:
         """An option that would have no effect is a mistake."""
+        for model, names in MODELS.items():
+            for name in names:
+                if name not in MODELS[self.model] and getattr(self, name) != _DEFAULTS[name]:
+                    raise wrong(
+                        WHO, f"{flag(name)} together with --model {model}", f"--model {self.model}",
+                        f"Leave out {flag(name)}.",
+                    )  # fmt: skip
         low_rank = self.structure == "low-rank"
         if low_rank and self.rank is None:
             raise wrong(WHO, "--rank with --structure low-rank", "none", "Pass --rank well below --hidden-dim.")
@@ -115,7 +140,7 @@ class Options:
             ("rank", low_rank, "--structure low-rank"),
             ("constraint", self.structure == "dense", "--structure dense"),
             ("damping", self.solver in ("picard", "anderson"), "--solver picard or anderson"),
-            ("memory", self.solver == "anderson", "--solver anderson"),
+            ("memory", self.solver in ("anderson", "broyden"), "--solver anderson or broyden"),
             ("period", self.solver == "aitken", "--solver aitken"),
             ("phantom_steps", self.adjoint == "phantom", "--adjoint phantom"),
             ("momentum", self.optimizer == "sgd", "--optimizer sgd"),
@@ -129,6 +154,9 @@ class Options:
                 WHO, "--adjoint exact or phantom with --structure triangular", "unrolled",
                 "A triangular equilibrium is one substitution: there are no iterations to unroll.",
             )  # fmt: skip
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
 
 
 def flag(name: str) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor
 from .. import viz
 from .._checks import extra
 from ..data import image_loader
-from ..nn import ImplicitModel
-from ..solution import Monitor
+from ..nn import DenseEquilibriumClassifier, ImplicitModel
+from ..solution import Monitor, Report, Solution
 from ..training import get_valid_accuracy
 from . import build, folder
+from .models import Model
 
 # Enough for quantiles that no single sample moves; the traces of more would only take longer.
 _PLOTTED = 256
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
     samples: int
 
 
-def measured(model: ImplicitModel, loader: Any, device: torch.device) -> Measured:
+def measured(model: Model, loader: Any, device: torch.device) -> Measured:
     with Monitor() as monitor:
         loss, accuracy = get_valid_accuracy(model, F.cross_entropy, loader, device)
     assert accuracy is not None  # the datasets are all of classes
@@ -54,7 +55,7 @@ def evaluate(run: str, root: str | None, device: str | None) -> None:
     who = "evaluate"
     place = build.device(who, device)
     options = folder.read(who, Path(run))
-    model = folder.best(who, Path(run)).to(place)
+    model = folder.best(who, Path(run), options).to(place)
     say_figures(measured(model, build.data(options, root).test_dl, place))
 
 
@@ -62,30 +63,41 @@ def plot(run: str, root: str | None) -> None:
     who = "plot"
     path = Path(run)
     options = folder.read(who, path)
-    model = folder.best(who, path)
+    model = folder.best(who, path, options)
     rows = folder.rows(who, path)
     u, y = next(iter(image_loader(build.data(options, root).test_ds, _PLOTTED)))
     pictures = path / "plots"
+    drawn = ["training", "residuals"]
     viz.training_curves(rows, path=pictures / "training.png")
     _residuals(model, u, y, pictures / "residuals.png")
-    viz.spy(model, magnitude=True, path=pictures / "spy.png")
-    viz.spectrum(model, path=pictures / "spectrum.png")
-    for name in ("training", "residuals", "spy", "spectrum"):
+    if isinstance(model, ImplicitModel):
+        viz.spy(model, magnitude=True, path=pictures / "spy.png")
+        viz.spectrum(model, path=pictures / "spectrum.png")
+        drawn += ["spy", "spectrum"]
+    for name in drawn:
         say(str(pictures / f"{name}.png"))
 
 
-def _residuals(model: ImplicitModel, u: Tensor, y: Tensor, path: Path) -> None:
-    solution = model.solve(u, trace=True)
-    assert isinstance(solution.value, Tensor)
-    F.cross_entropy(model.read_out(solution.value, u.flatten(1)), y).backward()
-    viz.residuals(solution, rtol=model.solver.tolerance(solution.value.dtype), path=path)
+def _residuals(model: Model, u: Tensor, y: Tensor, path: Path) -> None:
+    found: Solution | Report
+    if isinstance(model, ImplicitModel):
+        found = model.solve(u, trace=True)
+        assert isinstance(found.value, Tensor)
+        scores = model.read_out(found.value, u.flatten(1))
+    else:
+        model.deq.trace = True
+        scores = model.eval()(u)
+        assert model.deq.stats is not None
+        found = model.deq.stats
+    F.cross_entropy(scores, y).backward()
+    viz.residuals(found, rtol=model.solver.tolerance(scores.dtype), path=path)
 
 
 def info(run: str) -> None:
     who = "info"
     path = Path(run)
     options = folder.read(who, path)
-    model = folder.best(who, path)
+    model = folder.best(who, path, options)
     rows = folder.rows(who, path)
     table = extra("rich.table", "cli").Table(title=str(path), show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -95,25 +107,37 @@ def info(run: str) -> None:
     extra("rich.console", "cli").Console(highlight=False, soft_wrap=True).print(table)
 
 
-def _facts(model: ImplicitModel, data: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    A = viz.constrained(model)
-    found = viz.spectral_figures(A)
+def sizes(model: Model) -> str:
+    if isinstance(model, (ImplicitModel, DenseEquilibriumClassifier)):
+        return f"n = {model.hidden_dim}, p = {model.input_dim}, q = {model.output_dim}"
+    return ", ".join(f"{name} = {getattr(model, name)}" for name in model.saved_arguments if name != "on_failure")
+
+
+def _facts(model: Model, data: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     best = max(rows, key=lambda row: row["valid_acc"])
-    bound = model.constraint
-    structure = f"rank {model.rank}" if model.rank else "strictly upper triangular" if bound.triangular else "dense"
     return [
         ("data", f"{data}, best of {len(rows)} epochs: {best['epoch']}, held-out accuracy {best['valid_acc']:.2%}"),
-        ("sizes", f"n = {model.hidden_dim}, p = {model.input_dim}, q = {model.output_dim}"),
-        ("A", f"{structure}, {type(bound).__name__}"),
-        ("φ", f"{model.activation.name}, max|φ'| = {model.activation.lipschitz:.6g}"),
+        ("model", type(model).__name__),
+        ("sizes", sizes(model)),
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
-        ("κ", f"{bound.kappa:g}"),
-        ("‖A‖∞", f"{found.norm:.6f}"),
-        ("λ_pf(|A|)", f"{found.perron:.6f}   in [{found.perron_low:.6f}, {found.perron_high:.6f}]"),
-        ("ρ(A)", f"{found.radius:.6f}"),
         ("forward steps", _steps(best["forward_steps"], best["valid_steps"])),
         ("backward steps", _steps(best["backward_steps"], None)),
         ("missed", f"{best['missed'] or 0:.3%} of the solves in training"),
+        *(_facts_of_A(model) if isinstance(model, ImplicitModel) else ()),
+    ]
+
+
+def _facts_of_A(model: ImplicitModel) -> list[tuple[str, str]]:
+    A = viz.constrained(model)
+    found = viz.spectral_figures(A)
+    bound = model.constraint
+    structure = f"rank {model.rank}" if model.rank else "strictly upper triangular" if bound.triangular else "dense"
+    return [
+        ("A", f"{structure}, {bound}"),
+        ("φ", f"{model.activation.name}, max|φ'| = {model.activation.lipschitz:.6g}"),
+        ("‖A‖∞", f"{found.norm:.6f}"),
+        ("λ_pf(|A|)", f"{found.perron:.6f}   in [{found.perron_low:.6f}, {found.perron_high:.6f}]"),
+        ("ρ(A)", f"{found.radius:.6f}"),
         *((f"{name} nonzero", words) for name, words in _sparsity(model, A)),
     ]
 

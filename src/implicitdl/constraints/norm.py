@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._context import outside_graphs, plain, transformed
 from .base import Constraint
 
 
@@ -28,6 +29,8 @@ class RowScaling(Constraint):
     """
 
     def forward(self, raw: Tensor) -> Tensor:
+        if not plain():
+            return raw * row_scale(raw, self.radius)
         scaled: Tensor = _ScaleRows.apply(raw, self.radius)
         return scaled
 
@@ -87,6 +90,13 @@ class SoftRowScaling(Constraint):
         return self._in_ball(A)
 
 
+def row_scale(v: Tensor, radius: float) -> Tensor:
+    """min(1, r/‖v‖₁) of every row, in operations that can be differentiated; exactly 1, and flat, inside the ball."""
+    size = v.abs().sum(dim=-1, keepdim=True)
+    inside = size <= radius
+    return (radius / size.masked_fill(inside, radius)).masked_fill(inside, 1.0)
+
+
 class _ScaleRows(torch.autograd.Function):
     """v min(1, r/‖v‖₁) with its vector-Jacobian product in a few operations, where autograd's takes many."""
 
@@ -105,8 +115,7 @@ class _ScaleRows(torch.autograd.Function):
         v, scale = ctx.saved_tensors
         inside = scale == 1
         if torch.is_grad_enabled():
-            size = v.abs().sum(dim=-1, keepdim=True).masked_fill(inside, ctx.radius)
-            scale = (ctx.radius / size).masked_fill(inside, 1.0)
+            scale = row_scale(v, ctx.radius)
         along = ((v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)).masked_fill(inside, 0.0)
         return torch.addcmul(g * scale, v.sign(), along, value=-1), None
 
@@ -115,9 +124,9 @@ def project_l1(v: Tensor, radius: float) -> Tensor:
     """Each row's nearest point of the ℓ1 ball; differentiable, a row inside or on the ball is itself."""
     size = v.detach().abs()
     outside = size.sum(dim=-1, keepdim=True) > radius
-    if not bool(outside.any()):
+    if plain() and not bool(outside.any()):
         return v
-    support = _support(size, radius)
+    support = _Support.apply(size, radius) if transformed() else _support(size, radius)
     # With the support fixed, θ is the mean excess over it, and autograd through this line is the exact derivative.
     theta = ((v.abs() * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
     projected = v.sign() * (v.abs() - theta).clamp(min=0)
@@ -126,15 +135,35 @@ def project_l1(v: Tensor, radius: float) -> Tensor:
     return torch.where(outside, projected / excess.clamp(min=1), v)
 
 
+class _Support(torch.autograd.Function):
+    """`_support` out of the reach of torch.func's transforms; constant almost everywhere."""
+
+    @staticmethod
+    def forward(size: Tensor, radius: float) -> Tensor:
+        return _support(size, radius)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], size: Tensor, radius: float) -> tuple[Tensor, int]:
+        return _Support.apply(size.movedim(in_dims[0], 0), radius), 0
+
+
 def _support(size: Tensor, radius: float) -> Tensor:
     """Which entries of each row survive; monotone, hence at most n passes, two or three near the ball."""
+    if torch.compiler.is_dynamo_compiling():
+        return outside_graphs(_support)(size, radius)
     support = torch.ones_like(size)
     count = size.numel()
     while True:
         theta = ((size * support).sum(dim=-1, keepdim=True) - radius) / support.sum(dim=-1, keepdim=True)
         support = (size > theta.clamp(min=0)).to(size.dtype)
-        # A row inside the ball has θ ≤ 0 and keeps all that is not zero; one of zeros has nothing to keep.
-        support = torch.where(support.any(dim=-1, keepdim=True), support, 1.0)
+        # A row inside the ball has θ ≤ 0 and keeps all that is not zero; one of zeros has nothing to keep.  Beside an
+        # entry of 2⁵² radii the radius is rounding, and θ is that entry: it survives all the same.
+        largest = (size == size.amax(dim=-1, keepdim=True)).to(size.dtype)
+        support = torch.where(support.any(dim=-1, keepdim=True), support, largest)
         if (remaining := int(support.sum())) == count:
             return support
         count = remaining

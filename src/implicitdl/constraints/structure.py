@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int, wrong
+from .._context import plain
 from .base import Constraint, norm_inf
 
 
@@ -63,8 +64,8 @@ class LowRank(Constraint):
 
     def factors(self, L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """(L', R), both (n, r), with L'Rᵀ in the set."""
-        size = _RowNorms.apply(L, R).unsqueeze(1)
-        if not bool((size > self.radius).any()):
+        size = (_RowNorms.apply if plain() else _row_norms)(L, R).unsqueeze(1)
+        if plain() and not bool((size > self.radius).any()):
             return L, R
         return L * (self.radius / size.clamp(min=self.radius)), R
 
@@ -92,13 +93,17 @@ class LowRank(Constraint):
 _BLOCK_ENTRIES = 1 << 22
 
 
+def _row_norms(L: Tensor, R: Tensor) -> Tensor:
+    return torch.cat([(block @ R.t()).abs().sum(dim=1) for block in _blocks(L, R)])
+
+
 class _RowNorms(torch.autograd.Function):
     """‖(LRᵀ)_i‖₁ for every row, in blocks of rows, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, L: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(L, R)
-        return torch.cat([(block @ R.t()).abs().sum(dim=1) for block in _blocks(L, R)])
+        return _row_norms(L, R)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:

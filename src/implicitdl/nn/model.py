@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._checks import wrong
+from .._context import plain
 from ..activations import Activation
 from ..adjoints import Adjoint
 from ..constraints import Constraint, LowRank
@@ -17,14 +19,16 @@ from ..equilibrium import Equilibrium, LowRankEquilibrium
 from ..fixed_point import fixed_point
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
-from . import pretrained, settings
+from ..statespace import StateSpace
+from . import matrices, pretrained, settings
 from .function import ImplicitFunction, ImplicitFunctionInf
+from .pretrained import Pretrained
 
 # What the free parameters become once a forward pass: A itself, or its factors.
 Weights = tuple[Tensor] | tuple[Tensor, Tensor]
 
 
-class ImplicitModel(nn.Module):
+class ImplicitModel(Pretrained):
     """The implicit model x = φ(Ax + Bu + b_x), y = Cx + Du + b_y.
 
     Rows are samples everywhere.  The parameters A, B, C, D are free; the constraint turns A (or L and R) into a
@@ -44,8 +48,8 @@ class ImplicitModel(nn.Module):
         rank: r.
         activation: φ as an `Activation`; instead of ``f``'s.
         constraint: a `Constraint` class or object; instead of ``f``'s.
-        solver: forward solver; `Auto()`.
-        adjoint: how to differentiate; exact, `ImplicitAdjoint()`.
+        solver: forward solver; `Auto()`, and `PeacemanRachford()` with a `Monotone` constraint.
+        adjoint: how to differentiate; exact, `ImplicitAdjoint()`, with the same default for its solver.
         on_failure: what an unconverged sample causes: "warn", "raise" or "ignore".
         device, dtype: of the parameters.
 
@@ -65,6 +69,11 @@ class ImplicitModel(nn.Module):
         >>> bool(model.solve(torch.randn(5, 64)).converged.all())
         True
     """
+
+    # κ is that of the constraint object where one was given.
+    saved_arguments: ClassVar = (
+        "input_dim", "output_dim", "hidden_dim", "no_D", "bias", "kappa", "is_low_rank", "rank", "on_failure",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -103,8 +112,9 @@ class ImplicitModel(nn.Module):
         self.activation = settings.activation(f, activation)
         self.kappa = settings.kappa(f, kappa, constraint)
         self.constraint = settings.constraint(f, constraint, self.kappa, self.activation, is_low_rank)
-        self.solver = settings.solver(f, solver, tol, mitr)
-        self.adjoint = settings.adjoint(f, adjoint, grad_tol, grad_mitr)
+        default = settings.default_solver(self.constraint)
+        self.solver = settings.solver(f, solver, tol, mitr, default)
+        self.adjoint = settings.adjoint(f, adjoint, grad_tol, grad_mitr, default)
         _checks.choice(who, "on_failure", on_failure, ("raise", "warn", "ignore"))
         self.on_failure = on_failure
         self._create_parameters(device, dtype)
@@ -187,7 +197,7 @@ class ImplicitModel(nn.Module):
     def _input_term(self, u: Tensor) -> Tensor:
         """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
         b = F.linear(u, self.B, self.b_x)
-        if not torch.isfinite(b.detach().sum()):
+        if plain() and not torch.isfinite(b.detach().sum()):
             _checks.finite("ImplicitModel", "u", u)
         return b
 
@@ -213,9 +223,33 @@ class ImplicitModel(nn.Module):
         sizes = f"input_dim={self.input_dim}, output_dim={self.output_dim}, hidden_dim={self.hidden_dim}"
         return sizes + f", f={self.f.__name__}, activation={self.activation.name}, bias={self.bias}"
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` to a folder; no pickle, and never half a model."""
-        pretrained.save(self, folder)
+    def statespace(self) -> StateSpace:
+        """The model as its matrices, with the well-posed A; they keep the graph to the free parameters."""
+        return matrices.of(self)
+
+    @classmethod
+    def from_statespace(
+        cls,
+        space: StateSpace,
+        f: type[ImplicitFunction] = ImplicitFunctionInf,
+        *,
+        kappa: float | None = None,
+        constraint: type[Constraint] | Constraint | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> ImplicitModel:
+        """A trainable model with these matrices; it has biases where the matrices have.
+
+        Arguments:
+            space: its A must be in the constraint's set: see `rescaled`, or pass ``constraint=Unconstrained``.
+            f, kappa, constraint, solver, adjoint, on_failure: as for the constructor.
+
+        Raises:
+            ArgumentError: an A outside the constraint's set.
+        """
+        options = {"f": f, "kappa": kappa, "constraint": constraint, "solver": solver, "adjoint": adjoint}
+        return matrices.to_model(cls, space, options | {"on_failure": on_failure})
 
     @classmethod
     def from_pretrained(

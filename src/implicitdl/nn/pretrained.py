@@ -1,14 +1,14 @@
-"""An ImplicitModel on disk: tensors in safetensors, everything else in JSON; and torchidl's state_dicts."""
+"""Models on disk: tensors in safetensors, everything else in JSON; and torchidl's state_dicts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _store, activations, adjoints, constraints, solvers
 from .._checks import wrong
@@ -18,45 +18,47 @@ if TYPE_CHECKING:
     from .model import ImplicitModel
 
 
-def save(model: ImplicitModel, folder: str | Path) -> None:
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _store.save(folder, tensors, config(model))
+class Pretrained(nn.Module):
+    """A Module that is written to a folder, and rebuilt from it (`load`) by calling its class with what was saved.
+
+    A subclass keeps its constructor's arguments as attributes of the same names: those in ``saved_arguments`` as JSON
+    holds them, and those of ``_OBJECTS``, which it has or has not, as described there.
+    """
+
+    saved_arguments: ClassVar[tuple[str, ...]]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` to a folder; no pickle, and never half a model."""
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        _store.save(folder, tensors, config(self))
 
 
-def load(cls: type[ImplicitModel], folder: str | Path, **own: Any) -> ImplicitModel:
+Model = TypeVar("Model", bound=Pretrained)
+
+
+def load(cls: type[Model], folder: str | Path, **own: Any) -> Model:
     """Rebuild a model; ``own`` are the user's classes and objects, which come before what was saved."""
     tensors, saved = _store.load(folder, kind=cls.__name__)
     return build(cls, tensors, saved, str(folder), **own)
 
 
-def build(
-    cls: type[ImplicitModel], tensors: dict[str, Tensor], saved: dict[str, Any], where: str, **own: Any
-) -> ImplicitModel:
+def build(cls: type[Model], tensors: dict[str, Tensor], saved: dict[str, Any], where: str, **own: Any) -> Model:
     arguments = dict(saved["arguments"])
-    for name, (known, revive) in _REVIVERS.items():
-        given = own.get(name)
-        arguments[name] = given if given is not None else revive(where, name, saved[name], known)
-    arguments["dtype"] = getattr(torch, arguments["dtype"])
-    model = cls(**arguments)
+    dtype = getattr(torch, arguments.pop("dtype"))
+    for name, kind in _OBJECTS.items():
+        if name in saved:
+            given = own.get(name)
+            arguments[name] = given if given is not None else kind.revive(where, name, saved[name], kind.known)
+    model = cls(**arguments).to(dtype)
     model.load_state_dict(tensors)
     return model
 
 
-def config(model: ImplicitModel) -> dict[str, Any]:
-    names = ("input_dim", "output_dim", "hidden_dim", "no_D", "bias", "is_low_rank", "rank", "on_failure")
-    # A constraint object may have been given with a κ of its own; that is the one which holds.
-    arguments = {name: getattr(model, name) for name in names} | {"kappa": model.constraint.kappa}
-    arguments["dtype"] = str(model.B.dtype).removeprefix("torch.")
-    return {
-        "kind": type(model).__name__,
-        "arguments": arguments,
-        "f": model.f.__name__,
-        # None: it comes with f, so that it need not be given beside it.
-        "activation": _name_of_activation(model),
-        "constraint": type(model.constraint).__name__,
-        "solver": _describe(model.solver),
-        "adjoint": _describe(model.adjoint),
-    }
+def config(model: Pretrained) -> dict[str, Any]:
+    arguments = {name: getattr(model, name) for name in model.saved_arguments}
+    arguments["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    objects = {name: kind.describe(model) for name, kind in _OBJECTS.items() if hasattr(model, name)}
+    return {"kind": type(model).__name__, "arguments": arguments} | objects
 
 
 def split_bias_columns(module: ImplicitModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -109,10 +111,21 @@ def _classes(module: Any) -> dict[str, Any]:
 
 
 _SETTINGS = _classes(solvers) | _classes(adjoints)
-_REVIVERS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
-    "f": (_classes(function), _by_name),
-    "activation": (activations.BUILTIN, _by_name),
-    "constraint": (_classes(constraints), _by_name),
-    "solver": (_SETTINGS, _revived),
-    "adjoint": (_SETTINGS, _revived),
+
+
+class _Object(NamedTuple):
+    """An argument that JSON cannot hold: the library's own by name, how to describe one, how to bring it back."""
+
+    known: dict[str, Any]
+    describe: Callable[[Any], Any]
+    revive: Callable[..., Any]
+
+
+_OBJECTS = {
+    "f": _Object(_classes(function), lambda model: model.f.__name__, _by_name),
+    # None: it comes with f, so that it need not be given beside it.
+    "activation": _Object(activations.BUILTIN, lambda model: _name_of_activation(model), _by_name),
+    "constraint": _Object(_classes(constraints), lambda model: type(model.constraint).__name__, _by_name),
+    "solver": _Object(_SETTINGS, lambda model: _describe(model.solver), _revived),
+    "adjoint": _Object(_SETTINGS, lambda model: _describe(model.adjoint), _revived),
 }

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .. import _checks
 from .._checks import wrong
+from .._context import plain
 from .model import ImplicitModel
 
 
@@ -156,18 +157,19 @@ def _counts(lengths: Tensor, x: Tensor) -> Tensor:
     """Lengths from lengths or from a mask."""
     batch, steps = x.shape[:2]
     if lengths.dtype == torch.bool:
-        ahead = lengths.shape == (batch, steps) and not bool((lengths[:, 1:] & ~lengths[:, :-1]).any())
-        if not ahead:
+        fits = lengths.shape == (batch, steps)
+        if not fits or (plain() and bool((lengths[:, 1:] & ~lengths[:, :-1]).any())):
             raise wrong(
                 "ImplicitRNNCell", f"a mask of shape (batch={batch}, steps={steps}) that starts with its True",
-                f"shape {tuple(lengths.shape)}" + (", True after False" if lengths.shape == (batch, steps) else ""),
+                f"shape {tuple(lengths.shape)}" + (", True after False" if fits else ""),
             )  # fmt: skip
         counts = lengths.sum(dim=1)
     else:
         counts = lengths
-    if counts.shape != (batch,) or int(counts.min()) < 1 or int(counts.max()) > steps:
+    fits = counts.shape == (batch,)
+    if not fits or (plain() and not 1 <= int(counts.min()) <= int(counts.max()) <= steps):
         raise wrong(
             "ImplicitRNNCell", f"lengths of shape (batch={batch},) between 1 and {steps}",
-            f"{tuple(counts.shape)} with values {counts.tolist()[:8]}",
+            f"{tuple(counts.shape)}" + (f" with values {counts.tolist()[:8]}" if fits else ""),
         )  # fmt: skip
     return counts.to(x.device)

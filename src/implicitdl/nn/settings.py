@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .._checks import open_unit, positive_int, wrong
 from ..activations import Activation
 from ..adjoints import Adjoint, ImplicitAdjoint
-from ..constraints import Constraint, LowRank
-from ..solvers import Auto, Solver
+from ..constraints import Constraint, LowRank, Monotone
+from ..constraints.monotone import require_proximal
+from ..solvers import Auto, PeacemanRachford, Solver
 from .function import ImplicitFunction
 
 T = TypeVar("T")
@@ -59,6 +60,9 @@ def constraint(
     is_low_rank: bool,
 ) -> Constraint:
     slope = activation.lipschitz
+    kind: Any = given if given is not None else LowRank if is_low_rank else f.constraint
+    if isinstance(kind, Monotone) or (isinstance(kind, type) and issubclass(kind, Monotone)):
+        require_proximal(_WHO, activation)
     if isinstance(given, Constraint):
         built = given
         if built.lipschitz < slope and not built.triangular:
@@ -69,7 +73,6 @@ def constraint(
     else:
         if given is None and is_low_rank and f.constraint.triangular:
             raise wrong(_WHO, "a dense A with a triangular f", f"is_low_rank=True and f={f.__name__}")
-        kind = given if given is not None else LowRank if is_low_rank else f.constraint
         if not (isinstance(kind, type) and issubclass(kind, Constraint)):
             raise wrong(_WHO, "constraint to be a Constraint, class or object", repr(given))
         # Only a ball of weights depends on the slope, and only it needs a finite one.
@@ -82,18 +85,27 @@ def constraint(
     return built
 
 
-def solver(f: type[ImplicitFunction], given: Solver | None, tol: float | None, mitr: int | None) -> Solver:
+def default_solver(constraint: Constraint) -> Solver:
+    """Splitting solves every monotone model, which plain and accelerated iterations need not; `Auto` the others."""
+    return PeacemanRachford() if isinstance(constraint, Monotone) else Auto()
+
+
+def solver(
+    f: type[ImplicitFunction], given: Solver | None, tol: float | None, mitr: int | None, default: Solver
+) -> Solver:
     """``given`` with the tolerance and step limit of the constructor; f's attributes only where none is given."""
     if given is not None and not isinstance(given, Solver):
         raise wrong(_WHO, "solver to be a Solver", repr(given), "Pass an instance, such as Anderson().")
-    base = given if given is not None else _with(Auto(), f.tol, f.mitr)
+    base = given if given is not None else _with(default, f.tol, f.mitr)
     return _with(base, tol, mitr)
 
 
-def adjoint(f: type[ImplicitFunction], given: Adjoint | None, grad_tol: float | None, grad_mitr: int | None) -> Adjoint:
+def adjoint(
+    f: type[ImplicitFunction], given: Adjoint | None, grad_tol: float | None, grad_mitr: int | None, default: Solver
+) -> Adjoint:
     if given is not None and not isinstance(given, Adjoint):
         raise wrong(_WHO, "adjoint to be an Adjoint", repr(given), "Pass an instance, such as ImplicitAdjoint().")
-    base = given if given is not None else ImplicitAdjoint(solver=_with(Auto(), f.grad_tol, f.grad_mitr))
+    base = given if given is not None else ImplicitAdjoint(solver=_with(default, f.grad_tol, f.grad_mitr))
     if grad_tol is None and grad_mitr is None:
         return base
     if not isinstance(base, ImplicitAdjoint):

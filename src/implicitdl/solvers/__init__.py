@@ -4,7 +4,25 @@ from .aitken import Aitken
 from .anderson import Anderson
 from .auto import Auto
 from .base import Solver
+from .broyden import Broyden
+from .gmres import GMRES
+from .inverse import InverseEstimate
+from .newton import Newton
 from .picard import Picard
+from .splitting import ForwardBackward, PeacemanRachford
 from .substitution import Substitution
 
-__all__ = ["Aitken", "Anderson", "Auto", "Picard", "Solver", "Substitution"]
+__all__ = [
+    "GMRES",
+    "Aitken",
+    "Anderson",
+    "Auto",
+    "Broyden",
+    "ForwardBackward",
+    "InverseEstimate",
+    "Newton",
+    "PeacemanRachford",
+    "Picard",
+    "Solver",
+    "Substitution",
+]

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from .._checks import positive_int
 from ..equilibrium import RowMap
-from .base import Solver, check_damping
+from .base import Solver, check_damping, precise
 
 
 class _History(NamedTuple):
-    dR: Tensor  # (batch, memory, d)  differences of residuals
+    dR: Tensor  # (batch, memory + 2, d)  differences of residuals, then the last two residuals, which take turns
     dF: Tensor  # (batch, memory, d)  differences of f, so that the next iterate is one product
     gram: Tensor  # (batch, memory, memory)  dR dRᵀ, one row renewed a step
     valid: Tensor  # (batch, memory)  which slots hold a difference
-    r: Tensor  # (batch, d)  the last residual, from step 1 on
-    fx: Tensor  # (batch, d)  the last f(x), likewise
+    fx: Tensor  # (batch, d)  the last f(x), from step 1 on
     best: Tensor  # (batch,)  smallest ‖r‖ since the last restart
     step: int
 
@@ -62,13 +61,12 @@ class Anderson(Solver):
 
     def init(self, f: RowMap, x: Tensor) -> _History:
         batch, d = x.shape
-        m, kept = self.memory, _precise(x.dtype)
+        m, kept = self.memory, precise(x.dtype)
         return _History(
-            dR=x.new_zeros(batch, m, d, dtype=kept),
-            dF=x.new_zeros(batch, m, d, dtype=kept),
+            dR=x.new_empty(batch, m + 2, d, dtype=kept),  # read only where filled
+            dF=x.new_empty(batch, m, d, dtype=kept),
             gram=x.new_zeros(batch, m, m, dtype=kept),
             valid=x.new_zeros(batch, m, dtype=torch.bool),
-            r=x,
             fx=x,
             best=x.new_full((batch,), float("inf"), dtype=kept),
             step=0,
@@ -77,43 +75,50 @@ class Anderson(Solver):
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _History) -> tuple[Tensor, _History, int]:
         out_dtype = fx.dtype
         fx = fx.to(state.dR.dtype)
-        r = fx - x
-        size = torch.linalg.vector_norm(r, dim=1)
-        if state.step == 0:
-            return self._damped(fx, r).to(out_dtype), state._replace(r=r, fx=fx, best=size, step=1), 0
-
         dR, dF, gram, valid = state.dR, state.dF, state.gram, state.valid
         if torch.is_grad_enabled():  # Unrolled differentiates the steps: what a graph holds must not be overwritten
             dR, dF, gram, valid = dR.clone(), dF.clone(), gram.clone(), valid.clone()
-        slot = (state.step - 1) % self.memory
-        dR[:, slot] = r - state.r
-        dF[:, slot] = fx - state.fx
+        turn, last = self.memory + state.step % 2, self.memory + (state.step - 1) % 2
+        _difference(fx, x, out=dR[:, turn])
+        r = dR[:, turn]
+        size = torch.linalg.vector_norm(r, dim=1)
+        if state.step == 0:
+            return self._damped(fx, r).to(out_dtype), state._replace(dR=dR, fx=fx, best=size, step=1), 0
+
+        slot, filled = (state.step - 1) % self.memory, min(state.step, self.memory)
+        _difference(r, dR[:, last], out=dR[:, slot])
+        _difference(fx, state.fx, out=dF[:, slot])
         restart = ~(size <= self.growth * state.best)
         valid[restart] = False
         valid[:, slot] = ~restart
-        # A row times a transpose: far faster in MKL's batched product than a matrix times a column.
-        across = dR.transpose(1, 2)
-        row = torch.bmm(dR[:, slot : slot + 1], across).squeeze(1)
-        gram[:, slot, :] = row
-        gram[:, :, slot] = row
-        gamma = _least_squares(gram, torch.bmm(r.unsqueeze(1), across).squeeze(1), valid)
-        step = self._damped(fx, r)
-        moved = dF if self.damping == 1.0 else dF - (1.0 - self.damping) * dR
+        # The new difference and r against the memory, which on a large state is most of a step's traffic: read once.
+        # Rows times a transpose are far faster in MKL's batched product than a matrix times columns.
+        used, pair = dR[:, :filled], dR[:, slot :: turn - slot][:, :2]
+        rows = torch.bmm(pair, used.transpose(1, 2))
+        gram[:, slot, :filled] = rows[:, 0]
+        gram[:, :filled, slot] = rows[:, 0]
+        gamma = _least_squares(gram[:, :filled, :filled], rows[:, 1], valid[:, :filled])
+        step, moved = self._damped(fx, r), dF[:, :filled]
+        if self.damping != 1.0:
+            moved = moved - (1.0 - self.damping) * used
         x = torch.baddbmm(step.unsqueeze(1), gamma.unsqueeze(1), moved, alpha=-1.0).squeeze(1)
         best = torch.where(restart, size, torch.minimum(size, state.best))
-        return x.to(out_dtype), _History(dR, dF, gram, valid, r, fx, best, state.step + 1), 0
+        return x.to(out_dtype), _History(dR, dF, gram, valid, fx, best, state.step + 1), 0
 
     def take(self, state: _History, rows: Tensor) -> _History:
-        parts = {name: part[rows] for name, part in state._asdict().items() if name != "step"}
+        parts = {name: part.index_select(0, rows) for name, part in state._asdict().items() if name != "step"}
         return _History(**parts, step=state.step)
 
     def _damped(self, fx: Tensor, r: Tensor) -> Tensor:
         return fx if self.damping == 1.0 else fx - (1.0 - self.damping) * r
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """Differences of nearby iterates lose their digits in half precision; they are kept in float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _difference(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a − b into a tensor that exists; where a graph is built `out=` is not allowed, and a temporary is needed."""
+    if torch.is_grad_enabled():
+        out.copy_(a - b)
+    else:
+        torch.sub(a, b, out=out)
 
 
 def _least_squares(gram: Tensor, rhs: Tensor, valid: Tensor) -> Tensor:

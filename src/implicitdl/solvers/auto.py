@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Auto(Solver):
     batch-mates.  A strictly triangular equilibrium is solved by substitution.
 
     Arguments:
-        slow: the solver that takes over slow samples, at their current iterate.
+        slow: the solver that takes over slow samples, at their current iterate; it works to the tolerance given here.
         rtol, atol, max_steps: as for `Solver`; ``max_steps`` counts both stages together.
 
     Source: the default policy of THEORY §5.6; rates by the residual ratio.
@@ -54,7 +54,9 @@ class Auto(Solver):
             return (Substitution(),)
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
-        return (_AitkenWhileFast(overhead=f.check_interval), self.slow)
+        # A method that decides for itself when to look at its iterate has to know the tolerance it is solved to.
+        slow = replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+        return (_AitkenWhileFast(overhead=f.check_interval), slow)
 
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         raise AssertionError("Auto only chooses; its stages step")

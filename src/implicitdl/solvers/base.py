@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from .._checks import non_negative, positive_int, wrong
 from ..equilibrium import RowMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .inverse import InverseEstimate
 
 # A relative residual that the dtype's rounding lets every well-conditioned map reach.
 _DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -60,13 +65,40 @@ class Solver(ABC):
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         """From x and f(x): the next x, the next state, and the evaluations of f made on the way."""
 
+    def evaluate(self, f: RowMap, x: Tensor, state: Any) -> Tensor:
+        """f(x); a method that needs more of f at x than its value keeps it in its state."""
+        return f(x)
+
     def take(self, state: Any, rows: Tensor) -> Any:
         """The state of some of the samples, when the others have finished."""
+        return state.take(rows) if isinstance(state, Rows) else None
+
+    def inverse(self, state: Any) -> InverseEstimate | None:
+        """An estimate of (I − J)⁻¹ for every sample, where the method has one."""
         return None
 
     def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
         """Which samples the next stage should take, given two residuals ``steps`` evaluations apart."""
         return None
+
+
+@dataclass(slots=True)
+class Rows:
+    """A state made of tensors (batch, ...), and of such states."""
+
+    def take(self, rows: Tensor) -> Self:
+        parts = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Tensor):
+                value = value.index_select(0, rows)
+            parts[part.name] = value.take(rows) if isinstance(value, Rows) else value
+        return type(self)(**parts)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Where a method keeps differences and scalar products: half precision has too few digits for either."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_damping(who: str, damping: float) -> None:

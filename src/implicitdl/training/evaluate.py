@@ -69,7 +69,8 @@ def pair(who: str, batch: Any) -> tuple[Any, Any]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module has the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program stays in the mode it was exported in
+        model.eval()
     try:
         # Not inference_mode: what a module caches in it could not be used in training any more.
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
-from ..solution import Solution
+from ..solution import Report, Solution
 from .canvas import AMBER, BLUE, GREY, INK, RED, PathLike, new_figure, plain, whole_numbers, written
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def residuals(
-    solution: Solution | tuple[Tensor | None, Tensor | None],
+    solution: Solution | Report | tuple[Tensor | None, Tensor | None],
     *,
     rtol: float | None = None,
     path: PathLike | None = None,
@@ -30,8 +30,8 @@ def residuals(
     last residual.
 
     Arguments:
-        solution: of a solve with ``trace=True``, after backward has run; or the two traces, each (steps, batch)
-            or None.
+        solution: of a solve with ``trace=True``, after backward has run; or its report, such as ``deq.stats``; or the
+            two traces, each (steps, batch) or None.
         rtol: the tolerance to mark.
         path: where to write the figure.
 
@@ -48,7 +48,7 @@ def residuals(
         >>> len(viz.residuals(solution, rtol=1e-5).axes)
         2
     """
-    forward, backward = (solution.trace, solution.backward.trace) if isinstance(solution, Solution) else solution
+    forward, backward = solution if isinstance(solution, tuple) else (solution.trace, solution.backward.trace)
     if forward is None and backward is None:
         raise wrong("residuals", "a trace", "none", "Solve with trace=True.")
     figure = new_figure((9.6, 4.2))

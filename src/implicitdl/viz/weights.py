@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import extra, non_negative
-from ..constraints import Unconstrained
+from ..constraints import Monotone, Unconstrained
 from ..nn import ImplicitModel
 from .canvas import AMBER, BLUE, GREY, INK, RED, PathLike, one_axes, plain, written
 
@@ -194,7 +194,9 @@ def spectrum(model: ImplicitModel, *, ax: Axes | None = None, path: PathLike | N
     ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
     ax.plot(np.cos(turn), np.sin(turn), color=GREY, linewidth=1, linestyle="--", label="unit circle")
-    if not model.constraint.triangular and not isinstance(model.constraint, Unconstrained):
+    if isinstance(model.constraint, Monotone):
+        ax.axvline(bound, color=AMBER, linewidth=1.6, label=f"Re λ ≤ 1 − m = {bound:.4g}")
+    elif not model.constraint.triangular and not isinstance(model.constraint, Unconstrained):
         name = "κ" if slope == 1.0 else "κ / max|φ'|"
         ax.plot(bound * np.cos(turn), bound * np.sin(turn), color=AMBER, linewidth=1.6, label=f"{name} = {bound:.4g}")
     ax.scatter(

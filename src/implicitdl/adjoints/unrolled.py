@@ -1,0 +1,67 @@
+"""Backpropagation through the iterations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._checks import wrong
+from ..equilibrium import RowMap
+from ..iterate import Outcome, iterate
+from ..solution import BackwardReport, OnFailure
+from ..solvers import Solver
+from .base import Adjoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Adjoint):
+    """Backpropagation through the solver's own iterations: exact for what was computed, at the memory of every step.
+
+    Bias: it is the gradient of the last iterate, which approaches the solution's as the solve converges.  With Picard
+    so do derivatives of every order; those of an accelerated solver also contain its coefficients, whose second
+    derivatives do not settle.  Cost: what f keeps for backward is kept for every evaluation, and each is gone back
+    through once.
+
+    Arguments:
+        checkpoint: keep only the state of every evaluation (and what the solver itself keeps; Picard nothing), and
+            evaluate f once more in backward.  The gradient is the same.
+
+    Source: Chen, Xu, Zhang & Guestrin, Training Deep Nets with Sublinear Memory Cost (2016), for the recomputation.
+    """
+
+    checkpoint: bool = False
+
+    def solve(
+        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+    ) -> tuple[Tensor, Outcome]:
+        if getattr(f, "triangular", False) and torch.is_grad_enabled():
+            raise wrong(
+                "Unrolled", "a map that is iterated", "a triangular equilibrium, solved by substitution",
+                "Use ImplicitAdjoint(), which costs one substitution.",
+            )  # fmt: skip
+        outcome = iterate(_Recomputed(f) if self.checkpoint else f, x0, solver, trace=trace)
+        return outcome.x, outcome
+
+
+class _Recomputed:
+    """f, of which autograd keeps the input alone; noise and statistics are frozen already, and need no keeping."""
+
+    def __init__(self, f: RowMap) -> None:
+        self._f = f
+        self.check_interval = f.check_interval
+
+    def __call__(self, x: Tensor) -> Tensor:
+        fx: Tensor = checkpoint(self._f, x, use_reentrant=False, preserve_rng_state=False)
+        return fx
+
+    def take(self, rows: Tensor) -> _Recomputed | None:
+        f = self._f.take(rows)
+        return None if f is None else _Recomputed(f)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else f offers, such as the part of its state on which the residual is measured."""
+        return getattr(self._f, name)

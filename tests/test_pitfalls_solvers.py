@@ -1,0 +1,167 @@
+"""What breaks in other libraries' solvers, given to ours: each test is named after what goes wrong there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from implicitdl import Anderson, Auto, Equilibrium, ImplicitFunctionWarning, Newton, Picard, fixed_point
+from implicitdl._checks import ArgumentError
+from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+
+
+@every_solver
+def test_an_easy_sample_takes_as_many_steps_in_a_mixed_batch_as_alone_and_has_the_same_answer(solver):
+    rate = torch.tensor([[0.05], [0.5], [0.97]])
+    target = torch.randn(3, 4)
+
+    def f(x, c, t):
+        return c * torch.sin(x) + t
+
+    together = fixed_point(f, torch.zeros(3, 4), rate, target, solver=solver)
+    for i in range(3):
+        alone = fixed_point(f, torch.zeros(1, 4), rate[i : i + 1], target[i : i + 1], solver=solver)
+        assert alone.steps == together.steps[i]
+        assert torch.allclose(alone.value[0], together.value[i], rtol=1e-9)
+    assert together.steps[0] < together.steps.max()
+
+
+@every_solver
+def test_a_sample_that_turns_nan_keeps_its_last_finite_iterate_is_flagged_and_leaves_the_others_alone(solver):
+    # The second sample's iterates rise to the edge of the square root's domain and leave it.
+    u = torch.tensor([[0.5, 0.1], [0.5, 3.0], [0.2, 0.3]])
+
+    def f(x, u):
+        return torch.sqrt(2 - u * x) * u
+
+    solution = fixed_point(f, torch.zeros(3, 2), u, solver=solver, on_failure="ignore")
+    without = fixed_point(f, torch.zeros(2, 2), u[[0, 2]], solver=solver)
+    assert solution.converged.tolist() == [True, False, True]
+    assert torch.isfinite(solution.value).all()
+    assert torch.isfinite(solution.residual[1])
+    assert torch.equal(solution.steps[[0, 2]], without.steps)
+    assert torch.allclose(solution.value[[0, 2]], without.value)
+
+
+@every_solver
+def test_a_map_without_a_solution_is_warned_of_with_counts_and_the_worst_residual(solver):
+    u = torch.tensor([[0.0], [1.0], [1.0]])
+    message = rf"fixed_point\({type(solver).__name__}\): 2 of 3 samples did not reach .* \(worst residual \d\.\de"
+    with pytest.warns(ImplicitFunctionWarning, match=message):
+        solution = fixed_point(lambda x, u: u * (x * x + 1) + 0.1, torch.ones(3, 1), u, solver=solver)
+    assert solution.converged.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_anderson_is_not_slower_than_plain_iteration_on_easy_maps_of_any_scale(rate, scale):
+    A = rate * torch.linalg.qr(torch.randn(50, 50))[0]
+    b = scale * torch.randn(6, 50)
+
+    def steps(solver):
+        return fixed_point(lambda x, b: x @ A.t() + b, torch.zeros_like(b), b, solver=solver).steps
+
+    assert (steps(Anderson()) <= steps(Picard())).all()
+
+
+@every_solver
+def test_a_singular_history_is_not_an_error(solver):
+    # One number and several differences of it; two equal components; and a sample that does not move at all.
+    one = fixed_point(lambda x, b: torch.cos(x) + b, torch.zeros(2, 1), torch.tensor([[0.0], [0.3]]), solver=solver)
+    twins = fixed_point(lambda x, b: 0.9 * torch.cos(x) + b, torch.zeros(2, 6), torch.zeros(2, 6), solver=solver)
+    still = fixed_point(
+        lambda x, b: 0 * x + b, torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [2.0]]), solver=solver
+    )
+    assert one.converged.all()
+    assert twins.converged.all()
+    assert torch.allclose(still.value.flatten(), torch.tensor([1.0, 2.0]))
+
+
+@every_solver
+def test_two_steps_do_not_return_the_start(solver):
+    few = replace(solver, max_steps=2)
+    b = torch.randn(3, 4)
+    solution = fixed_point(lambda x, b: 0.5 * torch.tanh(x) + b, torch.zeros(3, 4), b, solver=few, on_failure="ignore")
+    assert (solution.steps == 2).all()
+    assert (solution.residual < 1.0).all()
+    assert not (solution.value == 0).all(dim=1).any()
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_works_on_the_cpu(solver, dtype):
+    b = torch.randn(4, 8).to(dtype)
+    solution = fixed_point(lambda x, b: torch.tanh(0.5 * x.flip(1) + b), torch.zeros_like(b), b, solver=solver)
+    assert solution.converged.all()
+    assert solution.value.dtype == dtype
+
+
+@every_solver
+def test_the_returned_iterate_is_the_one_that_was_tested(solver):
+    A, b = 0.3 * torch.randn(5, 5), torch.randn(4, 5)
+
+    def f(x, b):
+        return torch.tanh(x @ A.t() + b)
+
+    solution = fixed_point(f, torch.zeros(4, 5), b, solver=solver)
+    fx = f(solution.value, b)
+    assert torch.allclose(solution.residual, (fx - solution.value).norm(dim=1) / fx.norm(dim=1), rtol=1e-6, atol=1e-15)
+
+
+@every_solver
+def test_the_tolerance_is_reached_in_float32_however_large_the_state(solver):
+    b = 1e6 * torch.randn(4, 50, dtype=torch.float32)
+    A = torch.randn(50, 50, dtype=torch.float32) / 100
+    assert fixed_point(lambda x, b: torch.relu(x @ A.t() + b), torch.zeros_like(b), b, solver=solver).converged.all()
+
+
+@pytest.mark.parametrize("solver", MONOTONE_SOLVERS, ids=repr)
+def test_so_it_is_by_splitting(solver):
+    b = 1e6 * torch.randn(4, 50, dtype=torch.float32)
+    A = torch.randn(50, 50, dtype=torch.float32) / 100
+    assert fixed_point(Equilibrium(A, b), torch.zeros_like(b), solver=solver).converged.all()
+
+
+def test_newton_names_the_77_terabytes_of_a_dense_jacobian_instead_of_allocating_them():
+    b = torch.zeros(1, 4_400_000, dtype=torch.float32)
+    with pytest.raises(
+        ArgumentError, match=r"at most 11585 numbers .* got 4400000, whose Jacobian takes 7.7e\+13 bytes"
+    ):
+        fixed_point(lambda x, b: x + b, b, b, solver=Newton(dense=True))
+    assert fixed_point(lambda x, b: 0.1 * x + b, b, b + 1, solver=Newton()).converged.all()
+
+
+@every_solver
+def test_states_of_several_tensors_with_different_trailing_shapes(solver):
+    def f(state, u):
+        x, y = state
+        return torch.tanh(0.3 * x + u[:, :, None]), 0.5 * y + x.sum(dim=(1, 2))[:, None]
+
+    u = torch.randn(4, 2)
+    x, y = fixed_point(f, (torch.zeros(4, 2, 3), torch.zeros(4, 1)), u, solver=solver).value
+    fx, fy = f((x, y), u)
+    assert torch.allclose(fx, x, atol=1e-8)
+    assert torch.allclose(fy, y, atol=1e-8)
+
+
+@every_solver
+def test_shapes_may_change_from_call_to_call_and_have_any_number_of_dimensions(solver):
+    for shape in [(3,), (2, 5), (4, 2, 3), (1, 2, 4, 4), (7, 5)]:
+        b = torch.randn(shape)
+        solution = fixed_point(lambda x, b: 0.5 * torch.cos(x) + b, torch.zeros(shape), b, solver=solver)
+        assert solution.value.shape == shape
+        assert solution.converged.all()
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Auto()], ids=repr)
+def test_no_state_of_a_solver_survives_a_call(solver):
+    b = torch.randn(3, 4)
+    first, _, again = (
+        fixed_point(lambda x, b: 0.9 * torch.cos(x) + b, torch.zeros_like(c), c, solver=solver) for c in (b, 5 * b, b)
+    )
+    assert torch.equal(first.value, again.value)
+    assert torch.equal(first.steps, again.steps)
