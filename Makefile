@@ -32,7 +32,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(BENCH)/ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[data]" -r benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e ".[data,sim,train]" -r benchmarks/requirements.txt
 	touch $@
 
 clean:

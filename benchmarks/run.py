@@ -8,6 +8,9 @@ import conversion
 import epoch
 import gradients
 import memory
+import sim
+import sim_processes
+import sim_scale
 import solve
 import torch
 import training_step
@@ -25,3 +28,6 @@ if __name__ == "__main__":
     conv_block.run()
     gradients.run()
     certify.run()
+    sim.run()
+    sim_processes.run()
+    sim_scale.run()

@@ -9,6 +9,7 @@ import cvxpy
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 
 from implicitdl._checks import ArgumentError
@@ -26,7 +27,9 @@ from implicitdl.sim.solvers import (
     LeastSquareSolver,
     OneSidedSolver,
     ProjectedGDLowRankSolver,
+    distributed,
 )
+from implicitdl.sim.solvers.distributed import in_batches
 
 INF = math.inf
 
@@ -267,6 +270,15 @@ def test_cvx_agrees(case):
     assert (found.a.abs().sum(dim=1) <= task.kappa).all()
 
 
+def test_cvx_hands_over_no_term_of_weight_zero(monkeypatch):
+    handed, solve = [], cvxpy.Problem.solve
+    monkeypatch.setattr(cvxpy.Problem, "solve", lambda self, **how: (handed.append(self), solve(self, **how))[1])
+    for ridge in (0.0, 0.3):
+        CVXSolver().solve_rows(problem(rows=1, ridge=ridge))
+    plain, elastic = (task.objective.expr.args for task in handed)
+    assert (len(plain), len(elastic)) == (2, 3)
+
+
 def test_cvx_with_another_solver_in_groups_and_threads():
     task = problem()
     found = CVXSolver(solver="SCS", num_row=2, num_processes=2, tol=1e-2, options={"eps": 1e-9}).solve_rows(task)
@@ -416,7 +428,7 @@ def test_progress_counts_every_row_once():
     ADMMSolver(lambda_z=1e-2, lambda_y=1e-2, batch_feature_size=2).fit(
         X, U, Z, Y, progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(2, 7), (4, 7), (5, 7), (7, 7)]
+    assert seen == [(2, 7), (4, 7), (5, 7), (6, 7), (7, 7)]  # two batches of outputs, however few
 
 
 class Ridge(BaseSolver):
@@ -502,6 +514,26 @@ def test_a_poisoned_state_is_named(name, bad, solver):
     poisoned[name][1, 3] = bad
     with pytest.raises(ArgumentError, match=rf"{type(solver).__name__}: expected finite {name}, got 1 NaN or infinite"):
         solver.fit(*poisoned.values())
+
+
+def test_two_processes_solve_the_batches_of_one(monkeypatch):
+    task, seen = problem(rows=7), []
+
+    def solve(part, start):
+        seen.append(part.T)
+        return ADMMSolver().solve_rows(part)
+
+    in_batches(solve, task, None, 500, lambda rows: None)
+    alone = seen.copy()
+    seen.clear()
+    monkeypatch.setattr(distributed, "_joined", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda packed: None)
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        in_batches(solve, task, None, 500, lambda rows: None)
+    assert len(seen) == len(alone) == 2
+    assert all(torch.equal(one, two) for one, two in zip(alone, seen, strict=True))
 
 
 def test_shapes_are_checked():

@@ -110,7 +110,9 @@ class CVXSolver(PenalisedSolver):
         constraints = [cp.norm(a, 1, axis=1) <= problem.kappa] if problem.kappa < math.inf else []
         size = cp.sum(cp.abs(w))
         if self.regularized:
-            objective = 0.5 * cp.sum_squares(T - w @ phi) + problem.lam * size + 0.5 * problem.ridge * cp.sum_squares(w)
+            objective = 0.5 * cp.sum_squares(T - w @ phi) + problem.lam * size
+            if problem.ridge > 0:  # a term of weight 0 has variables that nothing determines, which cost digits
+                objective += 0.5 * problem.ridge * cp.sum_squares(w)
         else:
             objective, constraints = size, [w @ phi == T, *constraints]
         task = cp.Problem(cp.Minimize(objective), constraints)

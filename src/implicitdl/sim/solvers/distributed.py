@@ -12,6 +12,10 @@ from torch import Tensor
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution
 
+# One process makes as many batches as two, so that both find the same, digit for digit: on nearly rank-deficient data
+# rounding, which depends on the batch, decides when a row stops.
+_LEAST = 2
+
 SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
 
 
@@ -21,7 +25,7 @@ def in_batches(
     """Solve the rows in batches of at most so many, this process its share of the batches.
 
     Rows are dealt to the batches in turn: neighbours belong to one layer of the teacher and are about equally hard.
-    The result does not depend on the batches, except for rounding.
+    The result depends on the batches only by rounding, and the batches not on whether there are one or two processes.
 
     Arguments:
         solve: solves a batch.
@@ -35,7 +39,7 @@ def in_batches(
     """
     rows = problem.shape[0]
     rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
-    count = min(rows, max(world, -(-rows // size)))
+    count = min(rows, max(world, _LEAST, -(-rows // size)))
     problem.faces  # noqa: B018  made once here, and kept by every batch
     packed = torch.zeros(rows, problem.shape[1] + len(fields(RowReport)), dtype=torch.float64, device=problem.T.device)
     deals = [torch.arange(k, rows, count, device=packed.device) for k in range(count)]
