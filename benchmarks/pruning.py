@@ -19,8 +19,22 @@ from torch import Tensor, nn
 
 from implicitdl import ImplicitModel, get_valid_accuracy, prune, train
 from implicitdl.data import Data, load
-from implicitdl.statespace import StateSpace, error_bound, magnitude, reduce, refit, sensitivity, zeros_held
+from implicitdl.statespace import (
+    StateSpace,
+    error_bound,
+    magnitude,
+    reduce,
+    refit,
+    sensitivity,
+    within_each,
+    zeros_held,
+)
 
+RULES = {
+    "magnitude": magnitude,
+    "sensitivity": sensitivity,
+    "error_bound within each matrix": within_each(error_bound),
+}
 KEEP, FINE_TUNING, SEED = 0.1, 2, 0
 BATCH, LR, FINE_LR = 64, 3e-3, 1e-3
 # What training needs.
@@ -69,7 +83,7 @@ def run(epochs: int = 10, n: int = 300) -> None:
     header("rule", "kept of A, B, C, D", "pruned", "least squares", f"fine-tuned, {FINE_TUNING} epochs", "lost, points",
            "wanted", "states after reduce", "reduced − masked, relative", f"bound on |y − y'|, mean of {BOUNDED}",
            "measured, mean")  # fmt: skip
-    for rule in (magnitude, sensitivity, error_bound):
+    for name, rule in RULES.items():
         pruning = prune(dense, u, keep=KEEP, by=rule)
         masked = pruning.space
         fitted = refit(masked, dense, u)
@@ -85,7 +99,7 @@ def run(epochs: int = 10, n: int = 300) -> None:
         kept = [int((M != 0).sum()) for M in last.matrices]
         after = accuracy(last, data)
         print(
-            f"| {rule.__name__} | {sum(kept):,} of {pruning.total:,} {kept} | {accuracy(masked, data):.2%} "
+            f"| {name} | {sum(kept):,} of {pruning.total:,} {kept} | {accuracy(masked, data):.2%} "
             f"| {accuracy(fitted, data):.2%} | {after:.2%} | {100 * (full - after):+.2f} | ≤ 1 | {small.n} of {n} "
             f"| {gap:.1e} | {pruning.output_bound[:BOUNDED].mean():.3g} | {measured:.3g} |",
             flush=True,

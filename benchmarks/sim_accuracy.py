@@ -30,6 +30,7 @@ from implicitdl.sim import SIM, score
 from implicitdl.sim.solution import SIMWarning
 from implicitdl.sim.solvers import ADMMSolver, BaseSolver, CVXSolver
 from implicitdl.statespace import magnitude, refit, sensitivity
+from implicitdl.statespace.prune import Scores
 
 SIZES = (784, 64, 32, 16, 10)
 SAMPLES, HELD_OUT = 2000, 10_000
@@ -38,8 +39,31 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 # A smaller κ lets a row explain its z less by its own x, at a gain of 1/(1 − κ) for every error.
 SETTINGS = [(kappa, regenerate) for kappa in (0.4, 0.7, 0.99) for regenerate in (False, True)]
 RATIO = 0.1  # λ_y/λ_z: C is small beside B, and each of its weights counts more
-RULES = {"pruned by magnitude, refitted": magnitude, "pruned by sensitivity, refitted": sensitivity}
 FIGURE = Path(__file__).parents[1] / "docs" / "sim_sparsity.png"
+
+
+def magnitude_by_layer(space: StateSpace, u: Tensor) -> Scores:
+    """The rank of |w| in its layer, in (0, 1]: every layer keeps the same share, and none vanishes as a whole."""
+    rows = (*space.sizes, space.q)  # a layer's weights are rows of [B, A], or of [D, C] for the last
+    layers = torch.cat((torch.cat((space.B, space.A), 1), torch.cat((space.D, space.C), 1))).abs().split(rows)
+    ranked = torch.cat([_ranks(layer) for layer in layers])
+    (B, A), (D, C) = (part.split((space.p, space.n), 1) for part in ranked.split((space.n, space.q)))
+    return A, B, C, D
+
+
+def _ranks(size: Tensor) -> Tensor:
+    """Of the entries that are not zero, among each other."""
+    filled = size > 0
+    ranks = torch.zeros_like(size)
+    ranks[filled] = (size[filled].argsort().argsort() + 1).to(size) / filled.sum()
+    return ranks
+
+
+RULES = {
+    "pruned by magnitude, refitted": magnitude,
+    "pruned by magnitude in each layer, refitted": magnitude_by_layer,
+    "pruned by sensitivity, refitted": sensitivity,
+}
 
 Accuracies = dict[str, list[tuple[float, float]]]  # name → (share of the teacher's nonzeros, test accuracy)
 

@@ -3,7 +3,8 @@
     python benchmarks/tanh_layers.py
 
 Ten epochs of Fashion-MNIST in batches of 100, at 0.1 and from the sixth epoch at 0.01, seed 0, as the tutorial has
-it.  Steps are evaluations of f per sample, the one that finds the tolerance reached included.
+it.  Steps are counted as there, per sample: evaluations of f, and of Newton's, which starts at tanh(u), all but the
+last, which only finds the tolerance reached.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from implicitdl import Adjoint, ImplicitAdjoint, Monitor, Newton, Picard, Solver, Unrolled
 from implicitdl.data import load
 from implicitdl.nn import DenseEquilibriumClassifier
+from implicitdl.nn.starts import ComputedStart
 
 RTOL, EPOCHS, LATE = 1e-4, 10, 5
 LAYERS: dict[str, tuple[Solver, Adjoint]] = {
@@ -49,14 +51,17 @@ def run(epochs: int = EPOCHS) -> None:
     for name, (solver, adjoint) in LAYERS.items():
         torch.manual_seed(0)
         model = DenseEquilibriumClassifier(784, 10, 100, solver=solver, adjoint=adjoint)
+        uncounted = 0
+        if isinstance(solver, Newton):
+            model.deq.start, uncounted = ComputedStart(torch.tanh), 1
         opt = torch.optim.SGD(model.parameters(), lr=1e-1)
         for number in range(1, epochs + 1):
             opt.param_groups[0]["lr"] = 1e-1 if number <= LATE else 1e-2
             training, made = epoch(model, data.train_dl, opt)
             test, tested = epoch(model, data.test_dl, None)
             print(
-                f"| {name} | {number} | {training:.2%} | {test:.2%} | {made.forward_steps:.2f} "
-                f"| {tested.forward_steps:.2f} | {made.missed:.3%} |",
+                f"| {name} | {number} | {training:.2%} | {test:.2%} | {made.forward_steps - uncounted:.2f} "
+                f"| {tested.forward_steps - uncounted:.2f} | {made.missed:.3%} |",
                 flush=True,
             )
 

@@ -227,3 +227,9 @@ def test_a_steep_activation_counts_with_its_slope():
 def test_bad_arguments_are_worded(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize("call", [lambda s: s + 1, lambda s: s - 1.0, lambda s: s @ torch.eye(1), lambda s: 1 + s])
+def test_a_model_and_what_is_none_are_a_type_error(call):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call(scalar())

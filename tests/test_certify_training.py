@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -187,6 +188,8 @@ class TestAttack:
             certify.pgd(torch.sin, u, labels[:1], 0.1)
         with pytest.raises(ArgumentError, match="certified_accuracy: expected a loader with samples, got none"):
             certify.certified_accuracy(trained("certified"), [], 0.1)
+        with pytest.raises(ArgumentError, match="attacked_accuracy: expected a loader with samples, got none"):
+            certify.attacked_accuracy(torch.sin, [], 0.1)
 
 
 class TestPictures:
@@ -245,9 +248,41 @@ class TestCommand:
             ),
             (["--samples", "0"], "certify: expected --samples to be a positive integer, got 0"),
             (["--method", "interval", "--rounds", "1"], "with --method crown alone, got --method interval"),
-            (["--eps", "-1"], "expected eps ≥ 0, got -1.0"),
-            (["--rounds", "-1"], "Crown: expected rounds to be an integer ≥ 0, got -1"),
+            (["--eps", "-1"], "certify: expected --eps ≥ 0, got -1.0"),
+            (["--eps", "nan"], "certify: expected --eps ≥ 0, got nan"),
+            (["--eps", "0.1", "--eps", "inf"], "certify: expected --eps to be finite, got inf"),
+            (["--attack-steps", "0"], "certify: expected --attack-steps to be a positive integer, got 0"),
+            (["--restarts", "0"], "certify: expected --restarts to be a positive integer, got 0"),
+            (["--rounds", "-1"], "certify: expected --rounds to be an integer ≥ 0, got -1"),
+            (["--slope-steps", "-1"], "certify: expected --slope-steps to be an integer ≥ 0, got -1"),
         ):
             capsys.readouterr()
             assert main(["certify", str(run), *words]) == 2
-            assert message in capsys.readouterr().err
+            out, err = capsys.readouterr()
+            assert message in err
+            assert out == ""  # refused at the door, before anything is proved
+
+    def test_what_no_box_bounds_is_attacked(self, tmp_path, capsys):
+        """Monotone, λ_pf(|A|) far above 1: where iteration does not find the state, the model's own solver does."""
+        out = str(tmp_path / "run")
+        assert main(["train", "--hidden-dim", "8", "--epochs", "1", "--constraint", "monotone", "--out", out]) == 0
+        model = ImplicitModel.from_pretrained(tmp_path / "run" / "best")
+        with torch.no_grad():
+            model.A *= 3
+        model.save_pretrained(tmp_path / "run" / "best")
+        assert not certify.well_posed(model).conditions[2].holds
+        capsys.readouterr()
+        assert main(["certify", out, "--eps", "0.02", "--eps", "0", "--samples", "70", "--attack-steps", "3"]) == 0
+        printed, err = capsys.readouterr()
+        assert err == ""
+        *_, lipschitz, unknown, at_zero, at_radius = printed.splitlines()
+        assert lipschitz == (
+            f"Lipschitz constants: unknown in the ∞-norm, {certify.lipschitz_two(model):.4g} in the 2-norm"
+        )
+        assert "box bounds need λ_pf(max|φ'||A|) < 1" in unknown
+        data = load("digits", 70, holdout=0.1)
+        u, labels = next(iter(data.test_dl))
+        clean = float((model(u).argmax(1) == labels).float().mean())
+        assert at_zero == f"ε = 0: clean {clean:.2%}, attacked {clean:.2%} of 70 samples"
+        assert re.match(rf"ε = 0.02: clean {clean:.2%}, attacked [\d.]+% of 70 samples", at_radius)
+        assert not (tmp_path / "run" / "plots").exists()

@@ -21,7 +21,9 @@ from matplotlib.image import imread
 
 import implicitdl
 from implicitdl import (
+    DEQ,
     GMRES,
+    SHINE,
     Aitken,
     Anderson,
     Broyden,
@@ -39,7 +41,13 @@ from implicitdl.activations import TANH
 from implicitdl.cli import build, main, models, report
 from implicitdl.cli.options import Options
 from implicitdl.constraints import LowRank, Monotone, RowProjection, SoftRowScaling, StrictlyUpper
-from implicitdl.nn import ConvEquilibriumClassifier, DenseEquilibriumClassifier, MonotoneConvClassifier
+from implicitdl.nn import (
+    ConvEquilibriumClassifier,
+    DenseEquilibriumClassifier,
+    MonotoneConvClassifier,
+    RandomStart,
+    ZeroStart,
+)
 from implicitdl.training.epoch import Epochs
 from standins import write_mnist
 
@@ -121,6 +129,8 @@ class TestRun:
             (["--structure", "low-rank", "--rank", "2", "--no-D"], ["L nonzero", "16 of 16", "not there", "rank 2"]),
             (["--adjoint", "phantom", "--constraint", "row-projection"], ["none", "RowProjection"]),
             (["--constraint", "monotone", "--kappa", "0.8"], ["Monotone(m=0.2)"]),
+            (["--model", "deq-dense", "--jac-reg", "0.5", "--start", "random"], ["DenseEquilibriumClassifier"]),
+            (["--solver", "broyden", "--adjoint", "shine"], ["none"]),
             (["--model", "deq-dense", "--solver", "newton"], ["DenseEquilibriumClassifier", "n = 8, p = 64, q = 10"]),
         ],
     )
@@ -150,6 +160,33 @@ class TestRun:
         assert sorted(path.stem for path in (folder / "plots").iterdir()) == ["residuals", "training"]
         out = capsys.readouterr().out
         assert all(word in out for word in words)
+
+    @pytest.mark.parametrize("launched", [False, True])
+    def test_a_run_in_bf16_is_tested_in_bf16(self, launched, tmp_path, monkeypatch, capsys):
+        seen = set()
+        forward = DEQ.forward
+
+        def watched(self, *u):
+            x = forward(self, *u)
+            seen.add((self.training, x.dtype))
+            return x
+
+        folder = str(tmp_path / "run")
+        monkeypatch.setattr(DEQ, "forward", watched)
+        small = ["train", "--model", "deq-conv", "--channels", "8", "--inner-channels", "8", "--halvings", "2"]
+        if launched:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        precision = [] if launched else ["--precision", "bf16"]
+        assert main([*small, "--cells", "1", "--epochs", "1", *precision, "--out", folder]) == 0
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        tested = capsys.readouterr().out.splitlines()[-3:]
+        # One step is tried in float32 before anything is written; what follows is all in bfloat16.
+        assert seen - {(True, torch.float32)} == {(True, torch.bfloat16), (False, torch.bfloat16)}
+        seen.clear()
+        assert main(["evaluate", folder]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == tested[-1]
+        assert main(["plot", folder]) == 0
+        assert seen == {(False, torch.bfloat16)}
 
     def test_the_folder_holds_what_a_model_is_rebuilt_from(self, run):
         saved = json.loads((run / "run.json").read_text())
@@ -266,6 +303,12 @@ BAD = {
     "--model deq-conv": "expected --hidden-dim together with --model implicit, got --model deq-conv",
     "--model deq-dense --kappa 0.9": "expected --kappa together with --model implicit, got --model deq-dense",
     "--model deq-conv --hidden-dim 100 --solver peaceman-rachford": "PeacemanRachford: expected a map φ(Ax + b)",
+    "--adjoint shine": "expected --solver broyden with --adjoint shine, got --solver auto. SHINE takes the inverse",
+    "--structure triangular --solver broyden --adjoint shine": "expected --adjoint exact or phantom with",
+    "--jac-reg 1": "expected --jac-reg together with --model deq-dense, got --model implicit",
+    "--model deq-dense --jac-reg 0": "expected --jac-reg to be a positive finite number, got 0.0",
+    "--model deq-dense --start warm": "expected --start to be one of zero, random, got 'warm'",
+    "--start random": "expected --start together with --model deq-dense, got --model implicit",
     "--phantom-steps 3": "expected --phantom-steps together with --adjoint phantom",
     "--adjoint phantom --grad-tol 1e-3": "expected --grad-tol together with --adjoint exact",
     "--momentum 0.5": "expected --momentum together with --optimizer sgd",
@@ -477,6 +520,21 @@ class TestBuild:
         assert built(adjoint="phantom").adjoint == PhantomGradient(steps=1)
         assert built(adjoint="phantom", phantom_steps=4).adjoint == PhantomGradient(steps=4)
         assert built(adjoint="unrolled").adjoint == Unrolled()
+        assert built(adjoint="shine", solver="broyden").adjoint == SHINE()
+
+    def test_starts(self):
+        assert isinstance(built(model="deq-dense", start="random").deq.start, RandomStart)
+        assert type(built(model="deq-dense").deq.start) is ZeroStart
+
+    def test_the_jacobian_is_in_the_loss_of_training_only(self):
+        options = Options(model="deq-dense", jac_reg=2.0).check()
+        dense = models.model(options, (1, 2, 2), 3)
+        loss, plain = build.loss(options, dense), torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+        u, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        trained = dense(u)
+        assert loss(trained, y) > plain(trained, y)
+        scores = dense.eval()(u)
+        assert loss(scores, y) == plain(scores, y)
 
     @pytest.mark.parametrize(
         ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]

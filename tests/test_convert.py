@@ -297,6 +297,39 @@ def test_functions(net):
     same(net, 3, 4, 4)
 
 
+SCALARS = {
+    "times": lambda x: x * 0.1,
+    "plus": lambda x: x + 0.1,
+    "minus": lambda x: 0.3 - x,
+    "by": lambda x: x / 3,
+    "by an integer tensor": lambda x: x / torch.tensor(3),
+    "clamp": lambda x: x.clamp(-0.7, 0.3),
+    "relu6": F.relu6,
+    "alpha": lambda x: torch.add(x, x, alpha=0.1),
+    "pad": lambda x: F.pad(x, (1, 0), value=0.1),
+}
+
+
+@pytest.mark.parametrize("function", SCALARS.values(), ids=SCALARS.keys())
+def test_numbers_are_not_rounded_to_the_default_dtype(function, float32):
+    u = 5 * torch.randn(4, 6, dtype=torch.float64)
+    space = from_module(Function(function), u)
+    assert space.dtype == torch.float64
+    torch.testing.assert_close(space(u), function(u), rtol=0, atol=1e-14)
+
+
+class Rounded(nn.Module):
+    """A factor that tracing sees otherwise than running does, by what float32 rounds away."""
+
+    def forward(self, x):
+        return x * (0.1 if isinstance(x, torch.Tensor) else float(torch.tensor(0.1, dtype=torch.float32)))
+
+
+def test_a_function_that_is_off_by_the_rounding_of_float32_is_refused():
+    with pytest.raises(ArgumentError, match=r"got outputs that differ by \d\.\d*e-0[89]"):
+        from_module(Rounded(), torch.randn(4, 6))
+
+
 # ---- what the model is
 
 
@@ -433,3 +466,12 @@ def test_what_has_no_form_is_named(net, message):
 def test_example_input_is_checked(u):
     with pytest.raises(ArgumentError, match=re.escape("example_input to be a floating-point tensor")):
         from_module(nn.Linear(3, 2), u)
+
+
+def test_an_example_that_the_module_does_not_take():
+    with pytest.raises(
+        ArgumentError, match=r"a module that takes inputs of shape \(2, 5\), got one that does not \(mat1"
+    ):
+        from_module(nn.Linear(3, 2), torch.randn(2, 5))
+    with pytest.raises(ArgumentError, match=r"Pass an example_input of its shape, dtype and device\."):
+        from_module(nn.Linear(3, 2), torch.randn(2, 3, dtype=torch.float32))

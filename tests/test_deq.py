@@ -24,10 +24,12 @@ from implicitdl import (
     Picard,
     Report,
     Unrolled,
+    certify,
 )
 from implicitdl._checks import ArgumentError
 from implicitdl.activations import TANH
-from implicitdl.nn import RandomStart, ResidualBlock, TanhBlock, WarmStart, ZeroStart
+from implicitdl.nn import DenseEquilibriumClassifier, RandomStart, ResidualBlock, TanhBlock, WarmStart, ZeroStart
+from implicitdl.statespace import from_module
 
 
 class Dense(nn.Module):
@@ -404,7 +406,19 @@ class TestCheckpointedUnrolling:
         (lambda: DEQ(Dense())([1.0]), "u of tensors.*got list. Let f close over"),
         (lambda: DEQ(Dense())(torch.tensor(1.0)), "got a tensor without dimensions"),
         (lambda: DEQ(lambda x: x)(), "for an f without u, got none. Pass x0="),
-        (lambda: DEQ(Dense(), x0=torch.zeros(3, 4))(torch.zeros(2, 4)), r"shape \(batch=3, ...\), got \(2, 4\)"),
+        (
+            lambda: DEQ(Dense(), x0=torch.zeros(3, 4))(torch.zeros(2, 4)),
+            r"DEQ: expected x0 of shape \(batch=2, .*got \(3, 4\)",
+        ),
+        (lambda: DEQ(TanhBlock(4), x0=torch.zeros(3, 4))(torch.zeros(2, 4)), r"x0 of shape \(batch=2, .*got \(3, 4\)"),
+        (
+            lambda: DEQ(TanhBlock(4), x0=lambda u: u[:, :3])(torch.zeros(2, 4)),
+            r"x0 of 4 entries a sample.*got \(2, 3\)",
+        ),
+        (
+            lambda: DEQ(Dense()).iterates(torch.zeros(1, 4), at=3),
+            r"at to be numbers, such as \(2, 5\), got 3. Pass at=\(3,\)",
+        ),
         (lambda: DEQ(Dense()).iterates(torch.zeros(1, 4), at=(0,)), "numbers in at to be a positive integer, got 0"),
         (lambda: RandomStart(0.0), "scale to be a positive finite number"),
         (lambda: RandomStart(share=2.0), "0 ≤ share ≤ 1, got 2.0"),
@@ -415,6 +429,32 @@ class TestCheckpointedUnrolling:
 def test_bad_arguments_are_worded(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+class TestMatrices:
+    def test_a_tanh_layer_converts_with_what_is_around_it(self):
+        network = torch.nn.Sequential(torch.nn.Linear(5, 4), DEQ(TanhBlock(4)), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        u = torch.randn(7, 5)
+        space = from_module(network, u)
+        assert [(block.activation.name, block.size) for block in space.blocks] == [("relu", 4), ("tanh", 4)]
+        torch.testing.assert_close(space(u), network(u))
+
+    def test_its_bounds_can_be_proved(self):
+        classifier = DenseEquilibriumClassifier(6, 3, 5)
+        with torch.no_grad():
+            classifier.deq.f.linear.weight.mul_(0.3)
+        space = from_module(torch.nn.Sequential(classifier.stem, classifier.deq, classifier.head), torch.randn(2, 6))
+        assert certify.well_posed(space).unique
+
+    @pytest.mark.parametrize(
+        ("f", "name"), [(ResidualBlock(8, 8), "ResidualBlock"), (lambda x, u: torch.tanh(0.5 * x + u), "<lambda>")]
+    )
+    def test_an_arbitrary_f_has_none_and_is_named(self, f, name):
+        u = torch.randn(2, 8, 3, 3, dtype=torch.float32)
+        network = torch.nn.Sequential(torch.nn.ReLU(), DEQ(f))
+        message = rf"from_module: expected operations .*, got DEQ at '1': .*the arbitrary {name}\. Convert what comes"
+        with pytest.raises(ArgumentError, match=message):
+            from_module(network, u)
 
 
 def test_a_typo_in_a_setting_is_a_type_error():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from implicitdl import (
+    DEQ,
     Equilibrium,
     ImplicitFunctionWarning,
     Picard,
@@ -17,6 +18,7 @@ from implicitdl import (
     spectral_radius,
 )
 from implicitdl._checks import ArgumentError
+from implicitdl.nn import JacobianPenalty, TanhBlock
 
 TURN = 0.9 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
 
@@ -213,3 +215,55 @@ class TestRegularization:
 def test_bad_arguments_are_worded(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize("figure", [jacobian_regularization, spectral_radius])
+@pytest.mark.parametrize(
+    ("arg", "got"), [(torch.zeros(2, 4), r"\(2, 4\)"), (torch.tensor(1.0), r"\(\)"), (0.5, "float")]
+)
+def test_args_of_another_batch_are_worded(figure, arg, got):
+    with pytest.raises(ArgumentError, match=rf"args to be tensors of shape \(batch=3, ...\), as x has it, got {got}"):
+        figure(lambda x, u: torch.tanh(x + u), torch.zeros(3, 4), arg)
+
+
+class TestPenalty:
+    def test_it_is_the_regularization_at_the_solution(self):
+        deq, u = DEQ(TanhBlock(4)), torch.randn(6, 4)
+        penalty = JacobianPenalty(deq, 0.25)
+        torch.manual_seed(1)
+        x = deq(u)
+        torch.manual_seed(1)
+        expected = 0.25 * jacobian_regularization(deq.f, x.detach(), u)
+        found = penalty()
+        torch.testing.assert_close(found, expected)
+        weight = deq.f.linear.weight
+        torch.testing.assert_close(*(torch.autograd.grad(term, weight)[0] for term in (found, expected)))
+        assert penalty() == 0
+
+    def test_it_adds_up_passes_in_training_and_no_others(self):
+        deq, u = DEQ(lambda x, u, v: 0.5 * x + u * v), torch.ones(2, 3)
+        penalty = JacobianPenalty(deq, 1.0, samples=2)
+        deq(u, u), deq((u, u))
+        torch.testing.assert_close(penalty(), torch.tensor(0.5))
+        with torch.no_grad():
+            deq(u, u)
+        deq.eval()(u, u)
+        assert penalty() == 0
+        penalty.remove()
+        deq.train()(u, u)
+        assert penalty() == 0
+
+    def test_training_with_it_makes_the_jacobian_smaller(self):
+        deq, u = DEQ(TanhBlock(4)), torch.randn(6, 4)
+        penalty, optimiser = JacobianPenalty(deq, 1.0), torch.optim.SGD(deq.parameters(), lr=0.5)
+        before = torch.linalg.matrix_norm(deq.f.linear.weight.detach())
+        for _ in range(20):
+            optimiser.zero_grad()
+            deq(u)
+            penalty().backward()
+            optimiser.step()
+        assert torch.linalg.matrix_norm(deq.f.linear.weight.detach()) < 0.5 * before
+
+    def test_bad_weights_are_worded(self):
+        with pytest.raises(ArgumentError, match="JacobianPenalty: expected weight to be a positive finite number"):
+            JacobianPenalty(DEQ(TanhBlock(2)), 0.0)

@@ -455,6 +455,24 @@ def test_bad_arguments_are_worded(call, message):
         call()
 
 
+@pytest.mark.parametrize("solver", [PeacemanRachford(), PeacemanRachford(alpha=0.5), ForwardBackward()])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda solver: ImplicitModel(3, 2, 4, constraint=Monotone, solver=solver), (2, 3)),
+        (lambda solver: MonotoneConvClassifier(1, 10, channels=2, solver=solver), (2, 1, 8, 8)),
+    ],
+    ids=["dense", "convolution"],
+)
+def test_lost_weights_are_worded(solver, model, shape):
+    model = model(solver)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(ArgumentError, match=r"Splitting: expected finite weights A, got .* Training has diverged"):
+        model(torch.zeros(shape))
+
+
 def test_a_spectral_ball_trains_too():
     model = ImplicitModel(3, 2, 6, constraint=SpectralNorm(kappa=0.9), on_failure="raise")
     with torch.no_grad():

@@ -149,6 +149,22 @@ def test_backward_that_runs_every_time_leaves_no_tensor_behind_either(u):
     assert living_tensors() == before
 
 
+def test_autocast_of_a_map_whose_values_are_float32_all_the_same():
+    """A product in bfloat16 plus an input in float32: float32 digits, of which bfloat16's are right."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64, dtype=torch.float32)
+    with torch.no_grad():
+        linear.weight.mul_(1.2)
+    deq = DEQ(lambda x, u: torch.tanh(linear(x) + u))
+    u = torch.randn(32, 64, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = deq(u)
+    x.sum().backward()  # with a warning, hence an error, where a sample misses
+    assert x.dtype == torch.float32
+    assert deq.stats.converged.all()
+    assert deq.stats.backward.converged.all()
+
+
 @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), Unrolled(checkpoint=True)], ids=repr)
 def test_autocast_forward_and_backward(adjoint):
     f = Block().float()

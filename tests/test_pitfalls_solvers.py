@@ -56,6 +56,74 @@ def test_a_map_without_a_solution_is_warned_of_with_counts_and_the_worst_residua
     assert solution.converged.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_divergence_whose_squares_overflow_is_no_convergence(dtype):
+    solver = Picard(max_steps=2000)
+    with pytest.warns(ImplicitFunctionWarning, match="3 of 3 samples did not reach"):
+        solution = fixed_point(
+            lambda x, u: 2 * x + u, torch.zeros(3, 5, dtype=dtype), torch.ones(3, 5, dtype=dtype), solver=solver
+        )
+    assert (solution.residual > 0.1).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e15, 1e25])
+def test_a_state_whose_squares_leave_the_range_of_the_dtype_is_solved_like_any_other(scale):
+    u = torch.tensor([[1.0, 2.0]], dtype=torch.float32)
+    solutions = [fixed_point(lambda x, u: 0.5 * x + u, 0 * u, u * s, solver=Picard()) for s in (1.0, scale)]
+    assert all(solution.converged.all() for solution in solutions)
+    assert torch.equal(*(solution.steps for solution in solutions))
+    assert torch.allclose(solutions[1].value / scale, solutions[0].value)
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_has_grown_until_any_step_is_within_its_tolerance_is_no_solution(solver, dtype):
+    u = torch.tensor([[0.3, -0.2], [1.0, 0.5]], dtype=dtype)
+    with pytest.warns(ImplicitFunctionWarning, match="2 of 2 samples did not reach"):
+        solution = fixed_point(lambda x, u: x + u.exp(), torch.zeros(2, 2, dtype=dtype), u, solver=solver)
+    assert not solution.converged.any()
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_shrinks_to_zero_has_arrived(solver, dtype):
+    solution = fixed_point(lambda x: 0.1 * torch.sin(x), torch.ones(2, 3, dtype=dtype), solver=solver)
+    assert solution.converged.all()
+    assert solution.value.abs().max() < 1e-10
+
+
+def test_a_start_far_above_the_solution_is_no_reason_to_stop_early():
+    u = torch.ones(1, 2, dtype=torch.float32)
+    solution = fixed_point(lambda x, u: 0.5 * x + u, torch.full_like(u, 1e15), u)
+    assert torch.allclose(solution.value, 2 * u, rtol=1e-4)
+
+
+class TestAMapThatWorksInPlace:
+    @pytest.mark.parametrize(
+        "f", [lambda x, u: x.mul_(0.5).add_(u), lambda x, u: u + 0.5 * torch.relu_(x)], ids=["all of it", "a ReLU"]
+    )
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_is_refused(self, f, grad):
+        with torch.set_grad_enabled(grad), pytest.raises(ArgumentError, match=r"expected f to leave its argument x"):
+            fixed_point(f, torch.zeros(3, 4), torch.randn(3, 4))
+
+    def test_cannot_harm_under_inference_mode(self):
+        u = torch.randn(3, 4)
+        with torch.inference_mode():
+            solution = fixed_point(lambda x, u: x.mul_(0.5).add_(u), torch.zeros(3, 4), u)
+        assert torch.allclose(solution.value, 2 * u, rtol=1e-8)
+
+    def test_may_do_so_on_what_it_made_itself(self):
+        u = torch.randn(3, 4, requires_grad=True)
+        solution = fixed_point(lambda x, u: (0.5 * x + u).relu_(), torch.zeros(3, 4), u)
+        assert torch.allclose(solution.value, 2 * u.relu())
+
+
+def test_a_map_that_returns_nothing_is_worded():
+    with pytest.raises(ArgumentError, match=r"expected f to return a tensor, or a tuple of them, got \['NoneType'\]"):
+        fixed_point(lambda x: None, torch.zeros(3, 4))
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_anderson_is_not_slower_than_plain_iteration_on_easy_maps_of_any_scale(rate, scale):

@@ -244,6 +244,9 @@ def test_weights_that_are_computed_are_refused():
         (lambda s, u: prune(s, u, keep=1.5), "keep strictly between 0 and 1, got 1.5"),
         (lambda s, u: prune(s, u[:, :1], keep=0.5), r"u of shape \(batch ≥ 1, p=3\), got \(5, 1\)"),
         (lambda s, u: prune(3 * s.replace(A=3 * s.A), u, keep=0.5, by=error_bound), r"error_bound: expected λ_pf\(\|A\|\) max\|φ'\| < 1, got"),
+        (lambda s, u: prune(torch.nn.Linear(3, 2), u, keep=0.5), r"prune: expected an ImplicitModel, a StateSpace, .*got Linear\. Convert"),
+        (lambda s, u: prune(s, u, keep=0.5, by="magnitude"), r"by to be a rule, \(space, u\) → scores, got 'magnitude'\. Pass"),
+        (lambda s, u: refit(prune(s, u, keep=0.5), s, u), r"refit: expected an ImplicitModel, a StateSpace, .*got Pruning"),
         (lambda s, u: refit(s + s, s, u), r"models of one size, n, p, q = \(8, 3, 2\), got \(16, 3, 2\)"),
     ],
 )  # fmt: skip
@@ -251,6 +254,15 @@ def test_bad_arguments_are_worded(call, message):
     space = random_space(5, 3, 2, kappa=0.9, density=1.0)
     with pytest.raises(ArgumentError, match=message):
         call(space, inputs(5, 3))
+
+
+def test_refit_takes_models_as_prune_does():
+    model, u = ImplicitModel(3, 2, 8), inputs(8, 3)
+    pruned = prune(model, u, keep=0.5).space
+    expected = refit(pruned, model.statespace().detach(), u)
+    found = refit(ImplicitModel.from_statespace(pruned), model, u)
+    for M, N in zip(found.matrices, expected.matrices, strict=True):
+        torch.testing.assert_close(M, N)
 
 
 def test_steep_activations_count_in_the_bound():

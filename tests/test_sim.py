@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from implicitdl import ImplicitModel
 from implicitdl._checks import ArgumentError
+from implicitdl.activations import BUILTIN
 from implicitdl.certify import well_posed
 from implicitdl.constraints import LowRank, RowScaling, Unconstrained, WeightedRowScaling
 from implicitdl.data import import_torchvision, load
 from implicitdl.sim import SIM, get_states, score
 from implicitdl.sim.solution import SIMWarning
 from implicitdl.sim.solvers import ADMMSolver, BaseSolver, CVXSolver, LeastSquareSolver, ProjectedGDLowRankSolver
+from implicitdl.solution import ImplicitFunctionWarning
 from standins import bytes_of, write_idx
 
 SEEDS = Path(__file__).resolve().parents[2] / "shared" / "seeds"
@@ -185,6 +187,15 @@ class TestReport:
         assert re.search(r"rows converged: 21 of 21, worst relative gap \d\.\de-\d+", words)
         assert re.search(r"states: 18 of 300 samples, in units of 1 to \d", words)
 
+    @pytest.mark.filterwarnings("ignore::implicitdl.sim.solution.SIMWarning")  # nothing bounds A
+    def test_a_gap_of_rounding_alone_is_none(self):
+        """A teacher that least squares matches to the last digit: the gap is the objective, and both are rounding."""
+        report = SIM(dtype=torch.float64).train(LeastSquareSolver(), mlp(nn.ReLU), [torch.randn(300, 6)])
+        for rows in (report.hidden, report.output):
+            assert bool((rows.gap > 0.1 * rows.objective).any())
+            assert torch.equal(rows.converged, rows.relative_gap <= 1e-6)
+        assert "rows converged: 21 of 21, worst relative gap 0.0e+00" in str(report)
+
     def test_nothing_is_printed(self, trained, capsys):
         _, sim, u = trained
         sim.evaluate([(u, torch.randn(300, 3))])
@@ -343,6 +354,26 @@ class TestWeightedBall:
             WeightedRowScaling(0.9, weights=self.v).right_inverse(torch.ones(3, 3).tril(-1))
 
 
+MODULES = {
+    "relu": nn.ReLU(), "in place": nn.ReLU(inplace=True), "leaky_relu": nn.LeakyReLU(), "identity": nn.Identity(),
+    "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "hardtanh": nn.Hardtanh(), "softplus": nn.Softplus(), "elu": nn.ELU(),
+    "silu": nn.SiLU(), "gelu": nn.GELU(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "module"), MODULES.items(), ids=MODULES)
+def test_torchs_modules_are_known(name, module):
+    assert SIM(module).activation is BUILTIN["relu" if name == "in place" else name]
+
+
+@pytest.mark.parametrize("module", [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ELU(2.0), nn.Hardtanh(0, 1)], ids=repr)
+def test_with_other_settings_they_are_bounded_numerically(module):
+    with pytest.warns(ImplicitFunctionWarning, match="the slope of φ is not known"):
+        activation = SIM(module).activation
+    z = torch.randn(9)
+    assert torch.equal(activation.phi(z), module(z))
+
+
 class TestPath:
     @pytest.fixture
     def problem(self):
@@ -404,6 +435,18 @@ U = torch.zeros(4, 6, dtype=torch.float64)
     [
         (lambda: SIM(nn.ReLU), "activation_fn to be an Activation or a function"),
         (lambda: SIM("relu"), "activation_fn to be an Activation or a function"),
+        (lambda: SIM().train("admm", mlp(nn.ReLU), [U]), "SIM.train: expected solver to be a BaseSolver, got 'admm'"),
+        (lambda: SIM().train(ADMMSolver, mlp(nn.ReLU), [U]), r"got <class .*Pass an object .* such as ADMMSolver\(\)"),
+        (lambda: SIM().path("admm", mlp(nn.ReLU), [U], lambdas=[1.0]), "SIM.path: expected solver to be a BaseSolver"),
+        (
+            lambda: SIM().path(model=mlp(nn.ReLU), dataloader=[U], lambdas=[]),
+            r"lambdas with at least one value, got \[\]",
+        ),
+        (lambda: SIM().path(model=mlp(nn.ReLU), dataloader=[U], nonzeros=()), "nonzeros with at least one value"),
+        (
+            lambda: SIM().train(model=mlp(nn.ReLU), dataloader=[U[:, :5]]),
+            r"a teacher that takes inputs of shape \(4, 5\), got one that does not \(mat1",
+        ),
         (lambda: SIM(kappa=1.0), "kappa strictly between 0 and 1"),
         (lambda: SIM(kappa=-0.5), "kappa strictly between 0 and 1"),
         (lambda: SIM(dtype=torch.float16), "dtype float32 or float64"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -13,9 +17,10 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from implicitdl import ImplicitModel
+from implicitdl import ImplicitModel, _store
 from implicitdl.cli import main
 from implicitdl.data import load
+from implicitdl.sim import SIM
 
 # A process of its own computes in float32, whatever the other tests like.
 pytestmark = pytest.mark.usefixtures("float32")
@@ -75,6 +80,7 @@ def test_it_leaves_a_model_figures_and_plots(finished):
     assert len(figures["rows"]["hidden"]["objective"]) == 24
     counts = [row["nonzeros"] for row in figures["path"]]
     assert counts == sorted(counts)
+    assert all("pruned" in row for row in figures["path"] if row["nonzeros"] < 1264)  # of an exported program too
     for name in ("spy", "gaps", "sparsity"):
         assert imread(finished / "plots" / f"{name}.png")[..., :3].std() > 0.02
 
@@ -107,6 +113,112 @@ def test_the_network_of_the_weights_is_the_exported_one(teachers, tmp_path, caps
         )
         lines.append([line for line in capsys.readouterr().out.splitlines() if "teacher, test" in line])
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float64"]], ids=["float32", "float64"])
+def test_the_other_commands_take_what_it_leaves(options, teachers, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, *options, "--out", out]) == 0
+    accuracy = capsys.readouterr().out.splitlines()[-1]
+    assert main(["evaluate", out]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == accuracy
+    assert main(["info", out]) == 0
+    printed = capsys.readouterr().out
+    for words in ("200 samples matched", "teacher, test accuracy", "n = 24, p = 64, q = 10", "rows converged", "ρ(A)"):
+        assert words in printed
+    assert main(["certify", out, "--eps", "0.001", "--samples", "20", "--attack-steps", "1"]) == 0
+    assert "of 20 samples" in capsys.readouterr().out
+    assert f"Its pictures are in '{tmp_path / 'out' / 'plots'}'" in refused(capsys, ["plot", out])
+    assert "got one with sim.json. Name another --out." in refused(capsys, ["train", "--resume", "--out", out])
+    (tmp_path / "out" / "sim.json").write_text("{}")
+    for command in ("evaluate", "info", "certify"):
+        assert "expected a whole sim.json" in refused(capsys, [command, out])
+
+
+def test_a_sim_is_a_teacher(finished, tmp_path, capsys):
+    assert main(["sim", "--teacher", str(finished), *QUICK, "--out", str(tmp_path / "out")]) == 0
+    assert LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
+
+
+def drawn(out):
+    options = json.loads((out / "sim.json").read_text())["options"]
+    return options["samples"], options["seed"], options["split_seed"]
+
+
+def test_the_draw_leaves_the_split_alone(teachers, tmp_path, capsys):
+    """Else what is tested on is what the teacher was trained on."""
+    lines = []
+    for name, words in (("one", ["--seed", "1"]), ("two", ["--seed", "2"]), ("split", ["--split-seed", "3"])):
+        words = ["--teacher", str(teachers / "net.pt2"), *QUICK, *words, "--out", str(tmp_path / name)]
+        assert main(["sim", *words]) == 0
+        lines.append(next(line for line in capsys.readouterr().out.splitlines() if "teacher, test" in line))
+    assert [drawn(tmp_path / name)[1:] for name in ("one", "two", "split")] == [(1, 0), (2, 0), (0, 3)]
+    assert lines[0] == lines[1] != lines[2]
+
+
+def test_a_run_is_matched_on_its_own_split(tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", "--hidden-dim", "8", "--epochs", "1", "--split-seed", "5", "--out", str(run)]) == 0
+    for teacher, out in ((run, "whole"), (run / "best", "best")):
+        assert main(["sim", "--teacher", str(teacher), *QUICK, "--out", str(tmp_path / out)]) == 0
+        assert drawn(tmp_path / out) == (200, 0, 5)
+
+
+def test_as_many_samples_as_there_are(teachers, tmp_path):
+    out = tmp_path / "out"
+    assert main(["sim", "--teacher", str(teachers / "net.pt2"), "--lambda-z", "10", "--out", str(out)]) == 0
+    assert drawn(out)[0] == 1293
+
+
+def test_models_by_their_nonzeros(teachers, tmp_path):
+    out = tmp_path / "out"
+    words = ["--teacher", str(teachers / "net.safetensors"), "--layers", "64-16-8-10", "--nonzeros", "400,100"]
+    assert main(["sim", *words, *QUICK, "--out", str(out)]) == 0
+    rows = json.loads((out / "sim.json").read_text())["path"]
+    assert all(row["nonzeros"] <= count for row, count in zip(rows, (400, 100), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EACCES, "expected a folder that can be written"), (errno.ENOSPC, "expected room on the disk")],
+)
+def test_a_folder_that_cannot_be_written_shows_before_anything_is_solved(
+    number, words, teachers, tmp_path, monkeypatch, capsys
+):
+    def fails(path, data):
+        raise OSError(number, os.strerror(number))
+
+    def solved(*arguments, **options):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(_store, "_write", fails)
+    monkeypatch.setattr(SIM, "train", solved)
+    out = tmp_path / "new" / "out"
+    assert words in refused(capsys, ["sim", "--teacher", teachers / "net.pt2", *QUICK, "--out", out])
+    assert not list(tmp_path.iterdir())
+
+
+def launched(words, processes):
+    """`torchrun implicitdl words`, one thread a process."""
+    code = f"from implicitdl.cli import main; raise SystemExit(main({words!r}))"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "--no-python", sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.parametrize("solver", ["admm", "admm-multi-gpu"])
+def test_two_processes_are_one(solver, teachers, tmp_path):
+    words = ["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, "--solver", solver, "--path", "30,3"]
+    one, two = (launched([*words, "--out", str(tmp_path / f"{count}")], count) for count in (1, 2))
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.stdout.replace(str(tmp_path / "2"), str(tmp_path / "1")) == one.stdout
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "1", tmp_path / "2")
+    ]
+    assert files[0] == files[1]
 
 
 class Marker:
@@ -171,6 +283,10 @@ def test_a_pickle_in_an_exported_program_is_not_run(teachers, tmp_path, capsys):
         (["--teacher", "net.pt2", "--solver", "least-squares", "--lambda-z", "1"], "a --solver with --lambda-z"),
         (["--teacher", "net.pt2", "--refit"], "--refit together with --path"),
         (["--teacher", "net.pt2", "--path", "1,x"], "--path with numbers"),
+        (["--teacher", "net.pt2", "--nonzeros", "1,1.5"], "--nonzeros with numbers"),
+        (["--teacher", "net.pt2", "--nonzeros", "0"], "--nonzeros to be a positive integer"),
+        (["--teacher", "net.pt2", "--nonzeros", "5", "--path", "1"], "--path or --nonzeros, got both"),
+        (["--teacher", "net.pt2", "--split-seed", "-1"], "--split-seed to be an integer ≥ 0"),
         (["--teacher", "net.pt2", "--device", "moon"], "--device to be one that is here"),
         (["--teacher", "net.pt2", "--out", "net.pt2"], "--out to be a new folder"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import cvxpy
@@ -310,8 +311,12 @@ def test_a_row_that_nothing_matches_is_named_infeasible():
 
 def test_least_squares_says_when_nothing_bounds_a():
     X, U, Z, Y = states()
-    with pytest.warns(SIMWarning, match=r"LeastSquareSolver: ‖A‖∞ = .* is above κ = 0.1: the model need not have"):
+    with pytest.warns(SIMWarning, match=r"LeastSquareSolver: ‖A‖∞ = .* is above κ = 0.1 by .*: the model need"):
         found = LeastSquareSolver().fit(X, U, Z, Y, {"kappa": 0.1})
+    norm = float(found.hidden.norm.max())
+    kappa = norm * (1 - 1e-9)  # the same in all the digits that are shown
+    with pytest.warns(SIMWarning, match=re.escape(f"is above κ = {kappa:g} by {norm - kappa:.2g}: the model need")):
+        LeastSquareSolver().fit(X, U, Z, Y, {"kappa": kappa})
     assert found.hidden.converged.all()
     torch.testing.assert_close(found.A @ X + found.B @ U, Z)
     torch.testing.assert_close(found.C @ X + found.D @ U, Y)

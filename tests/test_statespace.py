@@ -86,7 +86,7 @@ def test_the_solution_satisfies_the_equation(seed, p, q):
     assert solution.converged.all()
     z = solution.value @ space.A.t() + u @ space.B.t() + space.b_x
     x = torch.cat([kind.phi(part) for (kind, _), part in zip(space.blocks, z.split(space.sizes, 1), strict=True)], 1)
-    assert close(x, solution.value, atol=1e-9)
+    assert ((x - solution.value).norm(dim=1) <= 1.01e-10 * x.norm(dim=1)).all()
     assert close(space.pre_activation(solution.value, u), z)
     assert close(space(u), solution.value @ space.C.t() + u @ space.D.t() + space.b_y, atol=1e-9)
 

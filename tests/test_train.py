@@ -112,7 +112,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 def test_signature_is_the_seeds():
     names = list(inspect.signature(train).parameters)
     assert names[:8] == ["model", "train_dl", "valid_dl", "opt", "loss_fn", "epochs", "dirname", "device"]
-    assert list(inspect.signature(get_valid_accuracy).parameters) == ["model", "loss_fn", "dl", "device"]
+    assert list(inspect.signature(get_valid_accuracy).parameters)[:4] == ["model", "loss_fn", "dl", "device"]
     assert list(inspect.signature(Logger).parameters)[:2] == ["printstr", "dir_name"]
 
 
@@ -696,6 +696,28 @@ def test_bf16_computes_in_bf16_and_leaves_the_model_alone(tmp_path):
     fit(tmp_path / "2", 1, model=copy.deepcopy(model))  # and the next run may be another
     assert model(torch.zeros(1, 6)).dtype == torch.float32
     pickle.dumps(model)
+
+
+@pytest.mark.parametrize(
+    ("precision", "seen"),
+    [("bf16", torch.bfloat16), ("fp16", torch.bfloat16), ("no", torch.float32), (None, torch.float32)],
+)
+def test_a_model_is_evaluated_in_the_precision_of_its_training(precision, seen):
+    model, dtypes = DtypeRecorder(), []
+
+    def loss_fn(pred, target):
+        dtypes.append(pred.dtype)
+        return F.cross_entropy(pred, target)
+
+    data = [(torch.randn(8, 6), torch.randint(3, (8,)))]
+    get_valid_accuracy(model, loss_fn, data, mixed_precision=precision)
+    assert model.seen == {seen}
+    assert dtypes == [torch.float32]
+
+
+def test_an_unknown_precision_of_an_evaluation_is_worded():
+    with pytest.raises(ArgumentError, match="get_valid_accuracy: expected mixed_precision to be one of None, no, bf16"):
+        get_valid_accuracy(nn.Linear(6, 3), F.cross_entropy, [], mixed_precision="fp4")
 
 
 def test_bf16_resumes_to_the_bit(tmp_path):

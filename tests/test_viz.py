@@ -18,6 +18,7 @@ from implicitdl._checks import ArgumentError, MissingExtraError
 from implicitdl._store import CheckpointError
 from implicitdl.activations import SILU
 from implicitdl.constraints import RowProjection, Unconstrained
+from implicitdl.statespace import StateSpace, from_module
 from implicitdl.viz.canvas import BLUE
 
 SIZES = {"input_dim": 5, "output_dim": 2, "hidden_dim": 7}
@@ -84,6 +85,46 @@ class TestSpy:
             (image,) = viz.spy(scaled(MODELS["dense"](), 0.0), magnitude=magnitude).axes[0].images
             assert not np.ma.filled(image.get_array(), 0).any()
 
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_a_converted_network_shows_its_blocks(self, sparse):
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(18, 6), torch.nn.Tanh(),
+            torch.nn.Linear(6, 4),
+        )  # fmt: skip
+        space = from_module(network.eval(), torch.rand(1, 1, 5, 5))
+        space = space.to_sparse() if sparse else space.to_dense()
+        ax = viz.spy(space).axes[0]
+        M = torch.cat([torch.cat(row, 1) for row in ((space.C, space.D), (space.A, space.B))]).to_dense()
+        np.testing.assert_array_equal(ax.images[0].get_array(), (M != 0).numpy())
+        across, down = ([tuple(map(tuple, line)) for line in lines.get_segments()] for lines in ax.collections)
+        assert across == [((0, 10), (49, 10))]
+        assert down == [((6, 0), (6, 28))]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["y  4", "tanh  6", "relu  18"]
+
+    def test_a_matrix_finer_than_the_picture_loses_no_entry(self):
+        weights = torch.zeros(3, 4000)
+        weights[[0, 1, 2], [0, 1777, 3999]] = torch.tensor([1.0, -2.0, 3.0])
+        (image,) = viz.spy(StateSpace.affine(weights.to_sparse()), magnitude=True).axes[0].images
+        cells = image.get_array().filled(0.0)
+        assert cells.shape == (3, 1000)
+        np.testing.assert_array_equal(cells[cells > 0], [1, 2, 3])
+
+    @pytest.mark.parametrize("sizes", [(40, 3, 30), (5, 2, 30), (300, 2, 10)])
+    def test_the_bar_is_as_high_as_the_matrix_and_the_sheet_is_filled(self, sizes):
+        p, q, n = sizes
+        figure = viz.spy(ImplicitModel(p, q, n), magnitude=True)
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        (bar,) = ax.child_axes
+        # The tip that stands for what is smaller takes 5 % of the bar.
+        assert bar.get_position().height == pytest.approx(ax.get_position().height, rel=0.06)
+        height = figure.get_figheight()
+        assert ax.get_position().height * height > height - 2
+
+    def test_refuses_what_is_no_model(self):
+        with pytest.raises(ArgumentError, match=r"spy: expected an ImplicitModel, a StateSpace.*got Linear\. Convert"):
+            viz.spy(torch.nn.Linear(2, 2))
+
     def test_refuses_a_negative_threshold(self):
         with pytest.raises(ArgumentError, match="spy: expected threshold ≥ 0, got -1"):
             viz.spy(MODELS["dense"](), threshold=-1)
@@ -139,6 +180,19 @@ class TestSpectralFigures:
     def test_a_reducible_matrix_is_bounded_from_above(self):
         found = viz.spectral_figures(np.diag([0.9, 0.5, 0.1]) + np.diag([0.1, 0.1], 1))
         assert found.perron_low <= 0.9 <= found.perron_high <= 0.9 + 1e-3
+
+
+class TestSparsity:
+    @pytest.mark.parametrize("share", [0.13, 0.33, 0.5])
+    def test_one_point_has_a_tick(self, share):
+        ax = viz.sparsity({"SIM": [(share, 0.8)]}, of="held-out").axes[0]
+        assert [label.get_text() for label in ax.get_xticklabels()] == [f"{100 * share:g}"]
+        assert ax.get_ylabel() == "held-out accuracy (%)"
+
+    def test_many_points_have_round_ticks(self):
+        ax = viz.sparsity({"SIM": [(0.013, 0.7), (0.3, 0.8)], "pruned": [(0.02, 0.6)]}).axes[0]
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "5", "10", "20"]
+        assert ax.get_ylabel() == "accuracy (%)"
 
 
 class TestResiduals:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +80,7 @@ def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
         raise wrong(who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype}).")
 
 
-def finite(who: str, name: str, tensor: Tensor) -> None:
+def finite(who: str, name: str, tensor: Tensor, do: str = "Clean the input first.") -> None:
     # One reduction instead of isfinite().all(): a sum is finite unless an entry is not, or it overflows,
     # and only then are the entries looked at one by one.
     if plain() and not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
@@ -87,8 +89,20 @@ def finite(who: str, name: str, tensor: Tensor) -> None:
             who,
             f"finite {name}",
             f"{bad} NaN or infinite entries of {tensor.numel()}",
-            "Clean the input first.",
+            do,
         )
+
+
+@contextlib.contextmanager
+def takes(who: str, what: str, u: Tensor, do: str) -> Iterator[None]:
+    """Around a call of someone else's module: what it raises is said to be about this input."""
+    try:
+        yield
+    # What torch's operations and a module's own code raise for a shape or a dtype that they do not know.
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        shape = tuple(u.shape)
+        raise wrong(who, f"{what} that takes inputs of shape {shape}", f"one that does not ({reason})", do) from error
 
 
 def extra(module: str, name: str) -> ModuleType:

@@ -31,6 +31,12 @@ def plain() -> bool:
     return not (torch.compiler.is_compiling() or transformed() or in_forward_mode())
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What products are computed in here; None outside of autocast."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def has_tangent(x: Tensor) -> bool:
     """Whether x is a dual number of the level that is open."""
     return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None

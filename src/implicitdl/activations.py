@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import wrong
 from .solution import ImplicitFunctionWarning
@@ -153,11 +153,28 @@ _BY_FUNCTION: dict[object, Activation] = {
 }  # fmt: skip
 
 
+#: The modules of torch's that a built-in record is, with their default settings.
+MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: RELU, nn.LeakyReLU: LEAKY_RELU, nn.Identity: IDENTITY, nn.Tanh: TANH, nn.Sigmoid: SIGMOID,
+    nn.Hardtanh: HARDTANH, nn.Softplus: SOFTPLUS, nn.ELU: ELU, nn.SiLU: SILU, nn.GELU: GELU,
+}  # fmt: skip
+
+
+def _of_module(phi: nn.Module) -> Activation | None:
+    kind = type(phi)
+    return MODULES[kind] if kind in MODULES and _settings(phi) == _settings(kind()) else None
+
+
+def _settings(phi: nn.Module) -> dict[str, Any]:
+    """What decides its values."""
+    return {name: value for name, value in vars(phi).items() if name[0] != "_" and name not in ("training", "inplace")}
+
+
 def from_function(phi: Elementwise, dphi: Elementwise | None = None, *, name: str | None = None) -> Activation:
     """The Activation of a function: the built-in record for torch's own, otherwise with its slope bounded numerically.
 
     Arguments:
-        phi: elementwise φ.
+        phi: elementwise φ, a module such as ``torch.nn.Tanh()`` included.
         dphi: its derivative; by autograd when left out.
         name: how to call it; the function's own name when left out.
 
@@ -167,7 +184,9 @@ def from_function(phi: Elementwise, dphi: Elementwise | None = None, *, name: st
         >>> from_function(torch.tanh) is TANH
         True
     """
-    if dphi is None and phi in _BY_FUNCTION:
-        return _BY_FUNCTION[phi]
+    if dphi is None:
+        known = _of_module(phi) if isinstance(phi, nn.Module) else _BY_FUNCTION.get(phi)
+        if known is not None:
+            return known
     own_name = getattr(phi, "__qualname__", type(phi).__name__)
     return bounded_numerically(str(name or own_name), phi, derivative_of(phi) if dphi is None else dphi)

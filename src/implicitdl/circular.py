@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import wrong
 from .activations import RELU, Activation
 from .equilibrium import Equilibrium, EquilibriumAdjoint, Explicit
+from .resolvent import finite_weights
 
 
 def transfer(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,7 +83,7 @@ class CircularConvolution:
         if self._transpose is not None:
             return self._transpose.resolvent(alpha).adjoint()
         if alpha not in self._resolvents:
-            shifted = (1 + alpha) * self._identity() - alpha * self.symbol.detach()
+            shifted = (1 + alpha) * self._identity() - alpha * finite_weights(self.symbol.detach())
             self._resolvents[alpha] = CircularConvolution(torch.linalg.inv(shifted), self.size)
         return self._resolvents[alpha]
 
@@ -91,7 +92,7 @@ class CircularConvolution:
         if self._transpose is not None:
             return self._transpose.bounds()
         if not self._bounds:
-            F = self._identity() - self.symbol.detach()
+            F = self._identity() - finite_weights(self.symbol.detach())
             m = float(torch.linalg.eigvalsh((F + F.mH) / 2).amin()) if self._m is None else self._m
             self._bounds.append((m, _norm_bound(F)))
         return self._bounds[0]

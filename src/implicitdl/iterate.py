@@ -8,6 +8,7 @@ operations per look would cost more than the sweeps between two looks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ from .solvers.inverse import InverseEstimate
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
 _COMPACT_BELOW = 0.5
 _COMPACT_FROM = 1 << 13
+# What a sweep leaves of the residual in models that training has made: where looks are rare, the first one comes when
+# it says that the tolerance is reached, and after three intervals at most for the sake of the easier ones.
+_USUAL_RATE = 0.4
+_LATEST_FIRST = 3
+# Norms from here on have squares that are neither zero nor without digits.
+_SMALLEST = {
+    np.dtype(kind): float(np.sqrt(np.finfo(kind).tiny)) / np.finfo(kind).eps for kind in (np.float32, np.float64)
+}
 # Iterates up to this many numbers are kept whole for the sake of the samples that ended with them: a reference is free.
 _HOLD_UP_TO = 1 << 18
 
@@ -52,7 +61,7 @@ class Outcome:
 
 def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False, keep_inverse: bool = False) -> Outcome:
     """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate."""
-    results = _Results(x, solver, trace, keep_inverse)
+    results = _Results(f, x, solver, trace, keep_inverse)
     rows = np.arange(x.shape[0])
     with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
         for method in solver.stages(f):
@@ -65,18 +74,26 @@ def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False, keep_i
 class _Results:
     """The figures of the whole batch, kept on the host, and what every finished sample ended with."""
 
-    def __init__(self, x: Tensor, solver: Solver, trace: bool, keep_inverse: bool) -> None:
+    def __init__(self, f: RowMap, x: Tensor, solver: Solver, trace: bool, keep_inverse: bool) -> None:
         batch = x.shape[0]
         self.solver = solver
-        self.rtol = solver.tolerance(x.dtype)
+        # That of f where it is less than that of its values: under autocast.
+        self.precision: torch.dtype | None = getattr(f, "precision", None)
+        self.set_tolerance(x.dtype)
         self.residual = np.full(batch, np.inf)
         self.steps = np.zeros(batch, dtype=np.int64)
         self.converged = np.zeros(batch, dtype=bool)
+        self.first_size: np.ndarray | None = None
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
         # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
         self._finished: list[tuple[np.ndarray, np.ndarray | None, Tensor]] = []
         self.keep_inverse = keep_inverse
         self._inverses: list[tuple[Tensor, InverseEstimate]] = []
+
+    def set_tolerance(self, dtype: torch.dtype) -> None:
+        """That of values of this dtype, or the coarser one of the precision that they are computed in."""
+        own = self.solver.tolerance(dtype)
+        self.rtol = own if self.precision is None else max(own, self.solver.tolerance(self.precision))
 
     def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
         """Store the value and the residual of those of ``rows`` that ``which`` marks."""
@@ -147,6 +164,9 @@ class _Stage:
         # Row by row: the best iterate so far, its residual, that of the last look, and evaluations of earlier stages.
         self.best_x, self.best = x, results.residual.copy()
         self.previous: np.ndarray | None = None
+        # ‖f(x)‖ at the very first look, and the largest ‖f(x) − x‖ at any look of this stage.
+        self.first_size = results.first_size
+        self.largest: np.ndarray | None = None
         self.before = results.steps.copy()
         self._difference: Tensor | None = None
 
@@ -159,13 +179,12 @@ class _Stage:
         fx = method.evaluate(self.f, self.x, state)
         if fx.dtype != self.x.dtype:  # autocast decides the dtype of the state
             self.x, self.start, self.best_x = (t.to(fx.dtype) for t in (self.x, self.start, self.best_x))
-        results.rtol = results.solver.tolerance(fx.dtype)
+        results.set_tolerance(fx.dtype)
         self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
-        # Where looks are rare the first is not worth its price: few samples end that early.
-        first = interval if interval == 1 else 2 * interval
+        first = _first_look(interval, results.rtol)
         while True:
-            scheduled = sweep % interval == 0 and sweep >= first
+            scheduled = sweep >= first and (sweep - first) % interval == 0
             wanted = scheduled or spent >= self._budget or results.trace is not None
             were_live = self.live
             if wanted and self._look(fx, spent, interval, scheduled):
@@ -215,7 +234,7 @@ class _Stage:
 
     def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
         """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
-        # A NaN fails the first comparison, an infinite residual the second.
+        # An infinite residual fails the second comparison.
         if not residual.min() > self.results.rtol or not (residual < self.best).all() or not self.live.all():
             return False
         if self.previous is not None:
@@ -226,7 +245,12 @@ class _Stage:
         return True
 
     def _residual(self, fx: Tensor) -> np.ndarray:
-        """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; 0 where both norms are 0."""
+        """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; inf where f(x) is not finite.
+
+        A row that has grown until its tolerance exceeds every step it took has shown nothing by being within it, as
+        x + 1 does for large x.  Its residual is 1.  One that vanishes beside its first ‖f(x)‖ goes to 0, where there is
+        nothing to be relative to.  Its residual is relative to that first size.
+        """
         x, observed = self.x, getattr(self.f, "observed", None)
         if fx.requires_grad:
             x, fx = x.detach(), fx.detach()
@@ -234,14 +258,29 @@ class _Stage:
             x, fx = observed(x), observed(fx)
         if fx.dtype in (torch.bfloat16, torch.float16):
             x, fx = x.float(), fx.float()
-        size = torch.linalg.vector_norm(fx, dim=1).cpu().numpy()
+        size: np.ndarray = torch.linalg.vector_norm(fx, dim=1).cpu().numpy()
         # On a large state a fresh tensor costs several times the subtraction that fills it.
         if self._difference is None or self._difference.shape != fx.shape:
             self._difference = torch.empty_like(fx)
         torch.sub(fx, x, out=self._difference)
-        residual: np.ndarray = torch.linalg.vector_norm(self._difference, dim=1).cpu().numpy()
-        floor = self.results.solver.atol / self.results.rtol
-        return residual / np.maximum(size + floor if floor else size, np.finfo(size.dtype).tiny)
+        change: np.ndarray = torch.linalg.vector_norm(self._difference, dim=1).cpu().numpy()
+        results = self.results
+        floor = results.solver.atol / results.rtol
+        residual: np.ndarray = change / (size + floor if floor else size)
+        extreme: np.ndarray | None = None
+        if not (size.min() > _SMALLEST[size.dtype] and size.max() < np.inf):
+            extreme = ~((size > _SMALLEST[size.dtype]) & (size < np.inf))
+            residual[extreme] = _scaled_residual(_select(x, extreme), _select(fx, extreme), floor)
+        if self.first_size is None:
+            self.first_size = results.first_size = np.where(size < np.inf, size, 0)
+        elif extreme is not None:
+            vanished = np.maximum(size, change) < np.finfo(size.dtype).eps ** 3 * self.first_size
+            residual[vanished] = change[vanished] / self.first_size[vanished]
+        self.largest = change if self.largest is None else np.maximum(self.largest, change)
+        if residual.min() <= results.rtol:
+            outgrown = (size > 2 * self.first_size) & (results.rtol * (size + floor) > self.largest)
+            residual[outgrown] = np.maximum(residual[outgrown], 1)
+        return residual
 
     def _keep_best(self, better: np.ndarray, residual: np.ndarray) -> None:
         # The usual case by reference, since iterates are never changed in place; what has finished is stored.
@@ -275,15 +314,39 @@ class _Stage:
             return None
         self.f, self.x, self.best_x = f, self.x.index_select(0, kept), self.best_x.index_select(0, kept)
         self.rows, self.best, self.before = self.rows[live], self.best[live], self.before[live]
-        self.previous = None if self.previous is None else self.previous[live]
+        self.previous, self.first_size, self.largest = (
+            None if figures is None else figures[live] for figures in (self.previous, self.first_size, self.largest)
+        )
         self.live = live[live]
         return kept
+
+
+def _first_look(interval: int, rtol: float) -> int:
+    """The evaluation that is looked at first; right behind an extrapolation, like all that follow."""
+    if interval == 1:
+        return 1
+    intervals = round((log(rtol) / log(_USUAL_RATE) - 1) / interval) if rtol < 1 else 1
+    return 1 + interval * min(max(intervals, 1), _LATEST_FIRST)
 
 
 def _tensor(figures: np.ndarray, like: Tensor) -> Tensor:
     """On the device of ``like``; on the CPU without a copy."""
     tensor = torch.from_numpy(figures)
     return tensor if like.device.type == "cpu" else tensor.to(like.device)
+
+
+def _scaled_residual(x: Tensor, fx: Tensor, floor: float) -> np.ndarray:
+    """The residual of rows that are too small or too large to be squared, in units of their largest entry."""
+    x, fx = x.double(), fx.double()
+    unit = torch.maximum(fx.abs(), x.abs()).amax(dim=1, keepdim=True).clamp(min=torch.finfo(fx.dtype).tiny)
+    finite = torch.isfinite(fx).all(dim=1)
+    x, fx = x / unit, fx / unit
+    size = torch.linalg.vector_norm(fx, dim=1) + floor / unit.squeeze(1)
+    change = torch.linalg.vector_norm(fx - x, dim=1)
+    # Where f(x) is 0 and x is not, the next step may well end: only what is not finite is lost.
+    residual = torch.where(change == 0, 0.0, change / size).clamp(max=torch.finfo(torch.float32).max)
+    scaled: np.ndarray = torch.where(finite, residual, torch.inf).cpu().numpy()
+    return scaled
 
 
 def _select(x: Tensor, which: np.ndarray) -> Tensor:

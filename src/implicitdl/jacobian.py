@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import positive, positive_int
+from ._checks import positive, positive_int, wrong
 from .linearize import vjp
 from .rows import RowsOf, State
 from .solution import ImplicitFunctionWarning
@@ -34,6 +34,9 @@ def jacobian_regularization(
 
     Returns:
         A scalar ≥ 0.  At 1 the average singular value is 1 in the mean square.
+
+    Raises:
+        ArgumentError: args that are not batch-first like x, or an f of another shape.
 
     Source: Bai, Koltun & Kolter, Stabilizing Equilibrium Models by Jacobian Regularization (2021); signs
     in place of its normal numbers have a smaller variance (Hutchinson 1990).
@@ -121,6 +124,12 @@ class _Transposed:
     """f at x, and products with Jᵀ, on states flattened to rows."""
 
     def __init__(self, who: str, f: Callable[..., State], x: State, args: tuple[Tensor, ...]) -> None:
+        batch = len(x[0] if isinstance(x, tuple) else x)
+        for arg in args:
+            if not isinstance(arg, Tensor) or arg.dim() == 0 or len(arg) != batch:
+                got = tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
+                do = "Give those that the solve had; let f close over weights."
+                raise wrong(who, f"args to be tensors of shape (batch={batch}, ...), as x has it", got, do)
         problem = RowsOf(who, f, x, args)
         rows = problem.enter(x)
         self._rows = rows if rows.requires_grad else rows.detach().requires_grad_()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._context import autocast_dtype
 from .equilibrium import Linearization, RowMap
 
 
@@ -27,11 +28,9 @@ class _AutogradLinearization:
         self._x = _Source.apply(x.detach().requires_grad_())
         self.value = f(self._x)
         self._f = f
-        device = x.device.type
         # Products are asked for in backward, outside of the user's autocast region.
-        self._autocast = partial(
-            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        )
+        self.precision = autocast_dtype(x.device)
+        self._autocast = partial(torch.autocast, x.device.type, self.precision, self.precision is not None)
 
     @classmethod
     def at(cls, f: RowMap, x: Tensor) -> _AutogradLinearization | None:
@@ -83,6 +82,7 @@ class _LinearMap:
         self, at: _AutogradLinearization, product: Callable[[_AutogradLinearization, Tensor], Tensor], g: Tensor
     ) -> None:
         self._at, self._product, self._g = at, product, g
+        self.precision = at.precision
 
     def __call__(self, v: Tensor) -> Tensor:
         return self._g + self._product(self._at, v)

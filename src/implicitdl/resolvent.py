@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._checks import finite
+
 
 class MonotoneMap(Protocol):
     """A map x ↦ f(x) of rows in the form f(x) = prox(affine(inner(x)), 1).
@@ -35,11 +37,17 @@ class MonotoneMap(Protocol):
         """(m, L): I − W ⪰ mI and ‖I − W‖₂ ≤ L."""
 
 
+def finite_weights(W: Tensor) -> Tensor:
+    """W, where decompositions and inverses of it exist; NaN they only call a failure of their own."""
+    finite("Splitting", "weights A", W, "Training has diverged: lower its rate, or go back to an earlier checkpoint.")
+    return W
+
+
 def resolvent(W: Tensor, alpha: float) -> Callable[[Tensor], Tensor]:
     """rhs ↦ (I + α(I − W))⁻¹ rhs for rows of right-hand sides, W dense; inverted once, at O(n³)."""
     # The eigenvalues of I + α(I − W) have real parts above 1: the inverse is as good as a factorisation, and a
     # product with it costs what a sweep costs.  LAPACK has no half precision.
-    kept = W.to(torch.promote_types(W.dtype, torch.float32))
+    kept = finite_weights(W).to(torch.promote_types(W.dtype, torch.float32))
     shifted = (1 + alpha) * torch.eye(len(W), dtype=kept.dtype, device=W.device) - alpha * kept
     inverse = torch.linalg.inv(shifted).t().to(W.dtype)
     return lambda rhs: rhs @ inverse
@@ -47,7 +55,7 @@ def resolvent(W: Tensor, alpha: float) -> Callable[[Tensor], Tensor]:
 
 def bounds(W: Tensor) -> tuple[float, float]:
     """(m, L) of a dense W: the smallest eigenvalue of the symmetric part of I − W, and ‖I − W‖₂."""
-    kept = W.to(torch.promote_types(W.dtype, torch.float32))
+    kept = finite_weights(W).to(torch.promote_types(W.dtype, torch.float32))
     operator = torch.eye(len(W), dtype=kept.dtype, device=W.device) - kept
     m = torch.linalg.eigvalsh((operator + operator.t()) / 2).amin()
     return float(m), float(torch.linalg.matrix_norm(operator, 2))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import wrong
+from ._context import autocast_dtype
 from .frozen import Frozen
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -29,6 +30,7 @@ class RowsOf:
 
     Attributes:
         samples: how many samples the one row of a coupled map holds; None where every sample has its own.
+        precision: that of autocast, under which values of float32 have fewer digits than they show; None outside.
     """
 
     check_interval = 1  # nothing is known of f: it may cost far more than a look at the residual
@@ -40,10 +42,21 @@ class RowsOf:
         parts = like if isinstance(like, tuple) else (like,)
         self._shapes = [part.shape[1:] for part in parts]
         self.samples = len(parts[0]) if self._f.coupled else None
+        self.precision = autocast_dtype(parts[0].device)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if rows.is_inference():  # without a version that would tell
+            rows = rows.clone()
+        before = None if rows.is_inference() else rows._version
         fx: Any = self._f(self.leave(rows), *self._args)
+        if before is not None and rows._version != before:
+            raise wrong(
+                self._who, "f to leave its argument x as it is", "an operation on it in place",
+                "Write x * 2 for x.mul_(2), and ReLU() for ReLU(inplace=True) where it meets the state.",
+            )  # fmt: skip
         parts = fx if isinstance(fx, tuple) else (fx,)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise wrong(self._who, "f to return a tensor, or a tuple of them", [type(part).__name__ for part in parts])
         batch = self.samples or len(rows)
         if [part.shape for part in parts] != [(batch, *shape) for shape in self._shapes]:
             expected = [(batch, *shape) for shape in self._shapes]

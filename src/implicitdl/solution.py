@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ._checks import choice
@@ -39,9 +40,10 @@ class Solution:
 
     Attributes:
         value: the state, (batch, \\*state), or a tuple of such; it carries the gradient.
-        residual: (batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of *this* value; inf where f is not finite.
+        residual: (batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of *this* value; inf where f is not finite, and 1 at
+            least where the state has grown until its tolerance exceeds every step it took, which is no solution.
         steps: (batch,) evaluations of f spent on the sample.
-        converged: (batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂.
+        converged: (batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, that is, whether residual ≤ rtol.
         trace: (checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for.
         backward: the same figures of the adjoint solve, filled when backward runs.
     """
@@ -148,10 +150,13 @@ def announce(
                 getattr(monitor, direction).append((steps, converged))
     if all_converged or on_failure == "ignore":
         return
-    missed = int((~converged).sum())
+    missed, lost = int((~converged).sum()), int(torch.isinf(residual).sum())
+    advice = "Raise max_steps, or check that the map is a contraction."
+    if lost:
+        advice = f"{lost} met NaN or infinity: look for them in the input and the weights. Or: {advice}"
     text = (
         f"{who}: {missed} of {converged.numel()} samples did not reach rtol={rtol:.0e} in {max_steps} steps "
-        f"(worst residual {float(residual.max()):.1e}). Raise max_steps, or check that the map is a contraction."
+        f"(worst residual {float(residual.max()):.1e}). {advice}"
     )
     if on_failure == "raise":
         raise ConvergenceError(text)

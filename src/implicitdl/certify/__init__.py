@@ -1,6 +1,6 @@
 """Certification: what can be proved about a model, how close attacks come to it, and training for it."""
 
-from .accuracy import CertifiedAccuracy, certified_accuracy
+from .accuracy import AttackedAccuracy, CertifiedAccuracy, attacked_accuracy, certified_accuracy
 from .attack import pgd
 from .bounds import Margins, margins, output_bounds
 from .domain import Box
@@ -13,6 +13,7 @@ from .sensitivity import sensitivity
 from .well_posed import Condition, WellPosedness, well_posed
 
 __all__ = [
+    "AttackedAccuracy",
     "Box",
     "CertifiedAccuracy",
     "CertifiedLoss",
@@ -24,6 +25,7 @@ __all__ = [
     "Method",
     "Sensitivity",
     "WellPosedness",
+    "attacked_accuracy",
     "certified_accuracy",
     "contractive",
     "lipschitz_inf",

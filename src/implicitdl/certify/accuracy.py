@@ -1,10 +1,11 @@
-"""Certified accuracy: the share of samples whose class is proved, beside what an attack leaves."""
+"""Robust accuracy: the share of samples that an attack leaves, and the share whose class is proved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .._checks import non_negative, wrong
@@ -16,25 +17,38 @@ from .normal import Model, contractive, exact_space
 
 
 @dataclass(frozen=True)
-class CertifiedAccuracy:
-    """What is known of a model's accuracy when every component of the input may move by ε.
-
-    The true robust accuracy lies between ``certified`` and ``attacked``.
+class AttackedAccuracy:
+    """What an attack found of a model's accuracy when every component of the input may move by ε.
 
     Attributes:
         eps: ε.
         samples: how many were looked at.
         clean: share that is right without an attack.
-        attacked: share that is right under the attack that was tried.
-        certified: share that is proved to be right for every input within ε.
-        lost: share of the margins for which the raw adjoint bound was looser than the interval bound; None for methods
-            without one.
+        attacked: share that is right under the attack that was tried; the true robust accuracy is at most this.
     """
 
     eps: float
     samples: int
     clean: float
     attacked: float
+
+    def __str__(self) -> str:
+        return f"ε = {self.eps:g}: clean {self.clean:.2%}, attacked {self.attacked:.2%} of {self.samples:,} samples"
+
+
+@dataclass(frozen=True)
+class CertifiedAccuracy(AttackedAccuracy):
+    """What is known of a model's accuracy when every component of the input may move by ε.
+
+    The true robust accuracy lies between ``certified`` and ``attacked``.
+
+    Attributes:
+        eps, samples, clean, attacked: as of `AttackedAccuracy`.
+        certified: share that is proved to be right for every input within ε.
+        lost: share of the margins for which the raw adjoint bound was looser than the interval bound; None for methods
+            without one.
+    """
+
     certified: float
     lost: float | None
 
@@ -45,6 +59,43 @@ class CertifiedAccuracy:
         )
         lost = "" if self.lost is None else f" (raw adjoint bound above the interval bound: {self.lost:.2%} of margins)"
         return text + lost
+
+
+def attacked_accuracy(
+    model: Callable[[Tensor], Tensor],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    eps: float,
+    *,
+    steps: int = 20,
+    restarts: int = 1,
+    domain: tuple[float, float] | None = (0.0, 1.0),
+) -> AttackedAccuracy:
+    """Clean and attacked accuracy of any classifier at radius ε: what is left to say where no bound applies.
+
+    Arguments:
+        model: maps inputs to class scores (batch, q), differentiably.
+        loader: batches (inputs, labels), where the model is and in its dtype.
+        eps, steps, restarts, domain: as for `pgd`.
+
+    Returns:
+        The `AttackedAccuracy`.
+
+    Raises:
+        ArgumentError: an empty loader, or as `pgd`.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import certify
+        >>> batch = torch.tensor([[0.4], [0.1]]), torch.tensor([1, 1])
+        >>> print(certify.attacked_accuracy(lambda u: torch.cat([u, 1 - u], 1), [batch], 0.2))
+        ε = 0.2: clean 100.00%, attacked 50.00% of 2 samples
+    """
+    samples = clean = attacked = 0
+    for u, labels in loader:
+        right, stands = _attacked(model, u, labels, eps, steps, restarts, domain)
+        samples, clean, attacked = samples + len(u), clean + int(right.sum()), attacked + int(stands.sum())
+    _some("attacked_accuracy", samples)
+    return AttackedAccuracy(eps, samples, clean / samples, attacked / samples)
 
 
 def certified_accuracy(
@@ -94,15 +145,33 @@ def certified_accuracy(
     for inputs, targets in loader:
         u, labels = inputs.flatten(1).to(space.b_x), targets.to(space.device)
         found = margins(proved, Box.around(u, eps, domain), labels, method)
-        right = losing_by(space(u), labels) < 0
-        worst = pgd(space, u, labels, eps, steps=steps, restarts=restarts, domain=domain)
-        stands = right & (losing_by(space(worst), labels) < 0)
+        right, stands = _attacked(space, u, labels, eps, steps, restarts, domain)
         # A point inside the box that the model gets wrong, and a proof that there is none.
         assert not bool((found.certified & ~stands).any()), "certify: a bound was violated by the attack"
         samples, clean = samples + len(u), clean + int(right.sum())
         attacked, certified = attacked + int(stands.sum()), certified + int(found.certified.sum())
         lost += [] if found.lost is None else [found.lost * len(u)]
-    if samples == 0:
-        raise wrong(who, "a loader with samples", "none", "Check the data set.")
+    _some(who, samples)
     share = sum(lost) / samples if lost else None
     return CertifiedAccuracy(eps, samples, clean / samples, attacked / samples, certified / samples, share)
+
+
+def _attacked(
+    model: Callable[[Tensor], Tensor],
+    u: Tensor,
+    labels: Tensor,
+    eps: float,
+    steps: int,
+    restarts: int,
+    domain: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """Which samples are right, and which still are under attack, (batch,) each."""
+    worst = pgd(model, u, labels, eps, steps=steps, restarts=restarts, domain=domain)
+    with torch.no_grad():
+        right, stands = (losing_by(model(points), labels) < 0 for points in (u, worst))
+    return right, right & stands
+
+
+def _some(who: str, samples: int) -> None:
+    if samples == 0:
+        raise wrong(who, "a loader with samples", "none", "Check the data set.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,19 +12,11 @@ from .._checks import ArgumentError, wrong
 from ..solution import ConvergenceError
 from ..statespace import StateSpace, eliminate_diagonal, perron_root, perron_weights
 from ..statespace.blocks import slopes_of
+from ..statespace.given import Model, space_of
 from ..statespace.perron import gains
 
 # Attempts at a box that maps into itself.  The first widening is enough but for rounding, which takes one or two more.
 _ATTEMPTS = 50
-
-
-class HasStateSpace(Protocol):
-    """A model that can write itself as its matrices; `ImplicitModel` does."""
-
-    def statespace(self) -> StateSpace: ...
-
-
-Model: TypeAlias = StateSpace | HasStateSpace
 
 
 def rounding(terms: int, dtype: torch.dtype) -> float:
@@ -43,14 +34,7 @@ def exact_space(who: str, model: Model) -> StateSpace:
 
     Float32 weights are taken as they are: exactly.  Of a low-rank model, A is LRᵀ as its own dtype rounds it.
     """
-    if not isinstance(model, StateSpace):
-        if not callable(getattr(model, "statespace", None)):
-            raise wrong(
-                who, "an ImplicitModel, a StateSpace, or a model with statespace()", type(model).__name__,
-                "Convert a network with implicitdl.statespace.from_module.",
-            )  # fmt: skip
-        model = model.statespace()
-    return model.detach().to_dense().to(torch.float64)
+    return space_of(who, model).to_dense().to(torch.float64)
 
 
 def without_self_loops(space: StateSpace) -> StateSpace:

@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Implicit deep learning: x = φ(Ax + Bu), y = Cx + Du.",
 )
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A folder that `implicitdl train` wrote.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A folder that `implicitdl train` or `sim` wrote.")]
 Root = Annotated[str | None, typer.Option(help="Folder of the datasets, if it is not where it was.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
 _RUN = "Run"
@@ -69,7 +69,7 @@ def _on_command_line(ctx: typer.Context, name: str) -> bool:
 
 @app.command()
 def evaluate(run: Run, root: Root = None, device: Device = None) -> None:
-    """Test the best checkpoint of a run."""
+    """Test the best checkpoint of a run, or the model that `sim` found."""
     report.evaluate(run, root, device)
 
 
@@ -101,7 +101,7 @@ def certify(
 
 @app.command()
 def info(run: Run) -> None:
-    """Sizes, norms, steps and sparsity of a run's best checkpoint."""
+    """Sizes, norms and sparsity of a run's best checkpoint, and how it was found."""
     report.info(run)
 
 

@@ -9,6 +9,9 @@ import torch
 
 from .._checks import wrong
 from ..data import Data, load
+from ..nn import ImplicitModel, JacobianPenalty
+from ..training.evaluate import Loss
+from .models import Model
 from .options import Options
 
 
@@ -27,6 +30,16 @@ def optimizer(options: Options, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
     momentum = 0.9 if options.momentum is None else options.momentum
     return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def loss(options: Options, model: Model) -> Loss:
+    """Cross-entropy; in training with the Jacobian's term where it was asked for."""
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    if options.jac_reg is None:
+        return cross_entropy
+    assert not isinstance(model, ImplicitModel)
+    penalty = JacobianPenalty(model.deq, options.jac_reg)
+    return lambda pred, target: cross_entropy(pred, target) + penalty()
 
 
 def scheduler(options: Options, opt: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import warnings
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .._checks import positive_int
 from ..data import Data
@@ -41,7 +41,9 @@ def run(
         dirname, options = folder.resumed(given, options, out)
     else:
         dirname = folder.new(options, out)
-    options.check()
+    # What launched this says it once; the run, its test and whoever resumes it go by the options.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    options = dataclasses.replace(options, precision=options.precision or launched).check()
     if device is not None:
         build.device(WHO, device)
     if threads is not None:
@@ -64,20 +66,21 @@ def run(
         best = folder.best(WHO, dirname, options).to(place)
         missed = sum(row["missed"] or 0.0 for row in rows) / len(rows)
         report.say(f"best epoch: {_best_epoch(rows)} of {len(rows)}, chosen on {len(data.valid_ds):,} held-out samples")
-        report.say_figures(report.measured(best, data.test_dl, place), training=missed)
+        report.say_figures(report.measured(best, data.test_dl, place, options), training=missed)
 
 
 def _train(
     options: Options, model: Model, data: Data, dirname: Path, device: str | None, resume: bool
 ) -> list[dict[str, Any]]:
     opt = build.optimizer(options, model.parameters())
+    loss_fn = build.loss(options, model)
     batches = math.ceil(len(data.train_dl) / int(os.environ.get("WORLD_SIZE", "1")))
     _, logger = train(
         model,
         data.train_dl,
         data.valid_dl,
         opt,
-        nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
+        loss_fn,
         options.epochs,
         dirname,
         device,

@@ -1,4 +1,8 @@
-"""What the command line keeps in a run's folder beside the checkpoints: run.json, how the run was made."""
+"""What the command line keeps in a run's folder beside its models: how the run was made.
+
+`train` leaves run.json, the figures of every epoch and the checkpoints; `sim` leaves sim.json, which has its figures
+too, and one model.  Whoever reads a run is told of both alike: the options that its model and its data depend on.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,24 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import _store
 from .._checks import ArgumentError, wrong
-from ..nn import pretrained
+from ..nn import ImplicitModel, pretrained
 from ..training.logger import BEST, JSONL, LAST, refuse_run
 from .models import CLASSES, Model
 from .options import WHO, Options, flag
 
+T = TypeVar("T")
+
 FILE = "run.json"
+SIM, MODEL = "sim.json", "model"
+# Of the options of `sim`, those that `train` has too.
+_SHARED = ("data", "root", "holdout", "split_seed", "kappa", "activation")
 # What may differ when a run goes on: it decides where, and not what, is computed.
 _FREE = {"root"}
 
@@ -33,8 +42,19 @@ def new(options: Options, out: str | None) -> Path:
         name = f"runs/{options.data}-{kind}"
         return next(path for i in itertools.count(1) if not (path := Path(f"{name}-{i}")).exists())
     folder = Path(out)
+    if is_sim(folder):
+        raise wrong(WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
     refuse_run(WHO, folder, "Pass --resume to go on with it, or another --out.")
     return folder
+
+
+def is_sim(folder: Path) -> bool:
+    """Whether `sim` wrote it."""
+    return (folder / SIM).is_file()
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / FILE).is_file() or is_sim(folder)
 
 
 def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tuple[Path, Options]:
@@ -58,46 +78,75 @@ def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tupl
     return folder, dataclasses.replace(saved, **changed)
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, options: Options, model: Model) -> Iterator[None]:
+def claimed(folder: Path, options: Options, model: Model) -> contextlib.AbstractContextManager[None]:
     """Write run.json; take it back when training is refused, or fails before it has saved anything."""
-    before = (folder / FILE).read_bytes() if (folder / FILE).is_file() else None
+    return claim(folder, FILE, options, LAST, model=pretrained.config(model))
+
+
+@contextlib.contextmanager
+def claim(folder: Path, name: str, options: Any, saved: str, **more: Any) -> Iterator[None]:
+    """Write how a run is made; take it back when the run is refused, or fails before it has saved its first model.
+
+    Arguments:
+        folder: of the run; made where it is not there, so that one that cannot be written is found out now.
+        name: of the file.
+        options: a dataclass.
+        saved: name of the folder of the first model.
+        more: what else to write.
+    """
+    before = (folder / name).read_bytes() if (folder / name).is_file() else None
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    text = {
-        "implicitdl": version("implicitdl"),
-        "options": dataclasses.asdict(options),
-        "model": pretrained.config(model),
-    }
     try:
-        _store.write_file(folder / FILE, (json.dumps(text, indent=1) + "\n").encode())
+        write(folder / name, options, **more)
         yield
     except BaseException as error:
         if before is not None and isinstance(error, ArgumentError):
-            _store.write_file(folder / FILE, before)
-        elif not _store.exists(folder / LAST):
+            _store.write_file(folder / name, before)
+        elif not _store.exists(folder / saved):
             with contextlib.suppress(OSError):  # not made in the first place, or something else is in it
-                (folder / FILE).unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
                 for path in absent:
                     path.rmdir()
         raise
 
 
+def write(path: Path, options: Any, /, **more: Any) -> None:
+    """How a run was made, and what else there is to say, as JSON."""
+    content = {"implicitdl": version("implicitdl"), "options": dataclasses.asdict(options), **more}
+    _store.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 def read(who: str, folder: Path) -> Options:
-    """The options of a run."""
-    path = folder / FILE
-    if not path.is_file():
+    """The options of a run; of one of `sim`, those that `train` shares."""
+    if not is_run(folder):
         _refuse(who, folder)
+    if is_sim(folder):
+        return _understood(who, folder, SIM, lambda content: _of_sim(content["options"]))
+    return _understood(who, folder, FILE, lambda content: Options(**content["options"]).check())
+
+
+def matched(who: str, folder: Path) -> dict[str, str]:
+    """What `sim` found, by name and in words."""
+    return _understood(who, folder, SIM, lambda content: dict(content["facts"]))
+
+
+def _of_sim(options: dict[str, Any]) -> Options:
+    return Options(**{name: options[name] for name in _SHARED}).check()
+
+
+def _understood(who: str, folder: Path, name: str, use: Callable[[dict[str, Any]], T]) -> T:
     do = "The file is damaged, or of another version: take it from a copy of the run."
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))["options"]
-        return Options(**options).check()
+        return use(json.loads((folder / name).read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise wrong(who, f"a whole {FILE} in '{folder}'", f"one that cannot be read ({reason})", do) from error
+        raise wrong(who, f"a whole {name} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
 
 def best(who: str, folder: Path, options: Options) -> Model:
     """The best checkpoint of a run with these options."""
+    if is_sim(folder):
+        return ImplicitModel.from_pretrained(folder / MODEL)
     if not _store.exists(folder / BEST) and _store.exists(folder / LAST):
         raise wrong(who, f"a finished epoch in '{folder}'", "none yet", "Go on with it: implicitdl train --resume.")
     return CLASSES[options.model].from_pretrained(folder / BEST)
@@ -114,7 +163,7 @@ def rows(who: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _refuse(who: str, folder: Path) -> None:
-    expected, do = f"a run's folder, with {FILE}", "Give a folder that `implicitdl train` wrote."
+    expected, do = f"a run's folder, with {FILE}", "Give a folder that `implicitdl train` or `implicitdl sim` wrote."
     if not folder.exists():
         raise wrong(who, expected, f"nothing at '{folder}'", do)
     if folder.is_file():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from .. import activations, constraints
-from ..adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from ..adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from ..nn import (
     ConvEquilibriumClassifier,
     DenseEquilibriumClassifier,
@@ -17,6 +17,7 @@ from ..nn import (
     ImplicitFunctionTriu,
     ImplicitModel,
     MonotoneConvClassifier,
+    RandomStart,
 )
 from ..solvers import (
     GMRES,
@@ -32,6 +33,7 @@ from ..solvers import (
 )
 from .options import Options
 
+_Deq = TypeVar("_Deq", DenseEquilibriumClassifier, ConvEquilibriumClassifier)
 Model: TypeAlias = ImplicitModel | DenseEquilibriumClassifier | ConvEquilibriumClassifier | MonotoneConvClassifier
 
 CLASSES: dict[str, type[Model]] = {
@@ -77,12 +79,20 @@ def model(options: Options, shape: Sequence[int], output_dim: int) -> Model:
         if options.model == "implicit":
             return ImplicitModel(input_dim=prod(shape), **_implicit(options), **common)
         if options.model == "deq-dense":
-            return DenseEquilibriumClassifier(input_dim=prod(shape), hidden_dim=options.hidden_dim, **common)
+            dense = DenseEquilibriumClassifier(input_dim=prod(shape), hidden_dim=options.hidden_dim, **common)
+            return _started(dense, options)
         convolutional = _given(options, "channels", "inner_channels", "halvings", "cells")
         if options.model == "deq-conv":
-            return ConvEquilibriumClassifier(input_channels=shape[0], **convolutional, **common)
+            return _started(ConvEquilibriumClassifier(input_channels=shape[0], **convolutional, **common), options)
         monotonicity: dict[str, Any] = {} if options.kappa is None else {"m": 1.0 - options.kappa}
         return MonotoneConvClassifier(input_channels=shape[0], **convolutional, **monotonicity, **common)
+
+
+def _started(model: _Deq, options: Options) -> _Deq:
+    """Of a start that evaluation does without, the saved model need know nothing."""
+    if options.start == "random":
+        model.deq.start = RandomStart()
+    return model
 
 
 class _Float32:
@@ -127,7 +137,7 @@ def _adjoint(options: Options) -> Adjoint:
         return ImplicitAdjoint(solver=_kind(options.grad_solver, options)(rtol=options.grad_tol, **steps))
     if options.adjoint == "phantom":
         return PhantomGradient(steps=1 if options.phantom_steps is None else options.phantom_steps)
-    return Unrolled()
+    return SHINE() if options.adjoint == "shine" else Unrolled()
 
 
 def _given(options: Options, *names: str) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from ..data import NAMES
 
 WHO = "train"
 
-# The models, and which options shape each.  Another one's would have no effect.
+# The models, and which options are theirs.  Another one's would have no effect.
 MODELS = {
     "implicit": ("structure", "rank", "hidden_dim", "no_D", "bias", "kappa", "activation", "constraint"),
-    "deq-dense": ("hidden_dim",),
-    "deq-conv": ("channels", "inner_channels", "halvings", "cells"),
+    "deq-dense": ("hidden_dim", "jac_reg", "start"),
+    "deq-conv": ("channels", "inner_channels", "halvings", "cells", "jac_reg", "start"),
     "monotone-conv": ("channels", "halvings", "cells", "kappa"),
 }
 STRUCTURES = ("dense", "triangular", "low-rank")
@@ -30,7 +30,8 @@ SOLVERS = (
 )  # fmt: skip
 # Newton's step on the adjoint, which is linear, would be its solution: GMRES is the way without a matrix.
 GRAD_SOLVERS = (*(name for name in SOLVERS if name != "newton"), "gmres")
-ADJOINTS = ("exact", "phantom", "unrolled")
+ADJOINTS = ("exact", "phantom", "shine", "unrolled")
+STARTS = ("zero", "random")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -70,12 +71,13 @@ class Options:
     cells: Annotated[int | None, _model(help="a side, that the image is averaged to before the linear layer.")] = None
 
     solver: Annotated[str, _solving(help=f"auto splits where A is monotone: {_one_of(SOLVERS)}")] = "auto"
+    start: Annotated[str, _solving(help=f"of a deq model, random in training only: {_one_of(STARTS)}")] = "zero"
     damping: Annotated[float | None, _solving(help="of picard and anderson, in (0, 2].")] = None
     memory: Annotated[int | None, _solving(help="of anderson and broyden.")] = None
     period: Annotated[int | None, _solving(help="of aitken.")] = None
     tol: Annotated[float | None, _solving(help="Relative tolerance; the precision's default.")] = None
     max_steps: Annotated[int, _solving(help="of the forward solve, per sample.")] = 300
-    adjoint: Annotated[str, _solving(help=_one_of(ADJOINTS))] = "exact"
+    adjoint: Annotated[str, _solving(help=f"shine with --solver broyden: {_one_of(ADJOINTS)}")] = "exact"
     phantom_steps: Annotated[int | None, _solving(help="of the phantom gradient.")] = None
     grad_solver: Annotated[str, _solving(help=f"of the exact adjoint: {_one_of(GRAD_SOLVERS)}")] = "auto"
     grad_tol: Annotated[float | None, _solving(help="of the exact adjoint.")] = None
@@ -91,6 +93,7 @@ class Options:
     schedule: Annotated[str, _training(help=f"{_one_of(SCHEDULES)}; step divides by 10 at 1/2 and 3/4.")] = "cosine"
     warmup: Annotated[float, _training(help="Share of all steps over which the rate rises.")] = 0.05
     label_smoothing: Annotated[float, _training(help="In [0, 1).")] = 0.1
+    jac_reg: Annotated[float | None, _training(help="Weight of a deq model's ‖∂f/∂x‖²_F / d in the loss.")] = None
     clip: Annotated[float | None, _training(help="Largest norm of the gradient.")] = None
     precision: Annotated[str | None, _training(help=f"{_one_of(PRECISIONS)}; else what launched it says.")] = None
     seed: Annotated[int, _training(help="of the weights and the batches.")] = 0
@@ -100,8 +103,8 @@ class Options:
         for name, known in (
             ("data", NAMES), ("model", tuple(MODELS)), ("structure", STRUCTURES), ("activation", tuple(BUILTIN)),
             ("constraint", CONSTRAINTS), ("solver", SOLVERS), ("grad_solver", GRAD_SOLVERS),
-            ("adjoint", ADJOINTS), ("on_failure", FAILURES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
+            ("adjoint", ADJOINTS), ("start", STARTS), ("on_failure", FAILURES), ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES), ("precision", PRECISIONS),
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 choice(WHO, flag(name), getattr(self, name), known)
@@ -117,8 +120,9 @@ class Options:
         non_negative(WHO, "--weight-decay", self.weight_decay)
         if self.momentum is not None:
             fraction(WHO, "--momentum", self.momentum)
-        if self.clip is not None:
-            positive(WHO, "--clip", self.clip)
+        for name in ("clip", "jac_reg"):
+            if getattr(self, name) is not None:
+                positive(WHO, flag(name), getattr(self, name))
         if not positive(WHO, "--holdout", self.holdout) < 1:
             raise wrong(WHO, "0 < --holdout < 1", self.holdout, "The epoch is not chosen on the test set.")
         self._check_together()
@@ -149,10 +153,15 @@ class Options:
         ):
             if getattr(self, name) is not None and not goes:
                 raise wrong(WHO, f"{flag(name)} together with {partner}", "it alone", f"Leave out {flag(name)}.")
-        if self.structure == "triangular" and self.adjoint == "unrolled":
+        if self.structure == "triangular" and self.adjoint in ("shine", "unrolled"):
             raise wrong(
-                WHO, "--adjoint exact or phantom with --structure triangular", "unrolled",
-                "A triangular equilibrium is one substitution: there are no iterations to unroll.",
+                WHO, "--adjoint exact or phantom with --structure triangular", self.adjoint,
+                "A triangular equilibrium is one substitution: there are no iterations to unroll or to learn from.",
+            )  # fmt: skip
+        if self.adjoint == "shine" and self.solver != "broyden":
+            raise wrong(
+                WHO, "--solver broyden with --adjoint shine", f"--solver {self.solver}",
+                "SHINE takes the inverse that Broyden's method ends with.",
             )  # fmt: skip
 
 

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import viz
-from .._checks import extra
+from .._checks import extra, wrong
 from ..data import image_loader
 from ..nn import DenseEquilibriumClassifier, ImplicitModel
 from ..solution import Monitor, Report, Solution
 from ..training import get_valid_accuracy
+from ..training.evaluate import autocast
 from . import build, folder
 from .models import Model
+from .options import Options
 
 # Enough for quantiles that no single sample moves; the traces of more would only take longer.
 _PLOTTED = 256
@@ -32,9 +34,13 @@ class Measured(NamedTuple):
     samples: int
 
 
-def measured(model: Model, loader: Any, device: torch.device) -> Measured:
+def measured(model: Model, loader: Any, device: torch.device, options: Options) -> Measured:
+    """The figures in the precision of the run, whose tolerances its equilibria were trained for."""
     with Monitor() as monitor:
-        loss, accuracy = get_valid_accuracy(model, F.cross_entropy, loader, device)
+        loss, accuracy = get_valid_accuracy(
+            model, F.cross_entropy, loader, device,
+            mixed_precision=options.precision,  # type: ignore[arg-type]
+        )  # fmt: skip
     assert accuracy is not None  # the datasets are all of classes
     return Measured(loss, accuracy, monitor.forward_steps, monitor.missed, monitor.samples)
 
@@ -56,12 +62,16 @@ def evaluate(run: str, root: str | None, device: str | None) -> None:
     place = build.device(who, device)
     options = folder.read(who, Path(run))
     model = folder.best(who, Path(run), options).to(place)
-    say_figures(measured(model, build.data(options, root).test_dl, place))
+    dtype = next(model.parameters()).dtype
+    batches = ((u.to(dtype), labels) for u, labels in build.data(options, root).test_dl)
+    say_figures(measured(model, batches, place, options))
 
 
 def plot(run: str, root: str | None) -> None:
     who = "plot"
     path = Path(run)
+    if folder.is_sim(path):
+        raise wrong(who, "a run of `train`", "one of `sim`", f"Its pictures are in '{path / 'plots'}' already.")
     options = folder.read(who, path)
     model = folder.best(who, path, options)
     rows = folder.rows(who, path)
@@ -69,7 +79,8 @@ def plot(run: str, root: str | None) -> None:
     pictures = path / "plots"
     drawn = ["training", "residuals"]
     viz.training_curves(rows, path=pictures / "training.png")
-    _residuals(model, u, y, pictures / "residuals.png")
+    with autocast(u.device, options.precision):  # type: ignore[arg-type]
+        _residuals(model, u, y, pictures / "residuals.png")
     if isinstance(model, ImplicitModel):
         viz.spy(model, magnitude=True, path=pictures / "spy.png")
         viz.spectrum(model, path=pictures / "spectrum.png")
@@ -98,11 +109,15 @@ def info(run: str) -> None:
     path = Path(run)
     options = folder.read(who, path)
     model = folder.best(who, path, options)
-    rows = folder.rows(who, path)
+    found = dict(_facts(model))
+    if folder.is_sim(path):
+        found = folder.matched(who, path) | found
+    else:
+        found = _facts_of_training(options.data, folder.rows(who, path)) | found
     table = extra("rich.table", "cli").Table(title=str(path), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _facts(model, options.data, rows):
+    for name, value in found.items():
         table.add_row(name, value)
     extra("rich.console", "cli").Console(highlight=False, soft_wrap=True).print(table)
 
@@ -113,16 +128,21 @@ def sizes(model: Model) -> str:
     return ", ".join(f"{name} = {getattr(model, name)}" for name in model.saved_arguments if name != "on_failure")
 
 
-def _facts(model: Model, data: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _facts_of_training(data: str, rows: list[dict[str, Any]]) -> dict[str, str]:
     best = max(rows, key=lambda row: row["valid_acc"])
+    return {
+        "data": f"{data}, best of {len(rows)} epochs: {best['epoch']}, held-out accuracy {best['valid_acc']:.2%}",
+        "forward steps": _steps(best["forward_steps"], best["valid_steps"]),
+        "backward steps": _steps(best["backward_steps"], None),
+        "missed": f"{best['missed'] or 0:.3%} of the solves in training",
+    }
+
+
+def _facts(model: Model) -> list[tuple[str, str]]:
     return [
-        ("data", f"{data}, best of {len(rows)} epochs: {best['epoch']}, held-out accuracy {best['valid_acc']:.2%}"),
         ("model", type(model).__name__),
         ("sizes", sizes(model)),
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
-        ("forward steps", _steps(best["forward_steps"], best["valid_steps"])),
-        ("backward steps", _steps(best["backward_steps"], None)),
-        ("missed", f"{best['missed'] or 0:.3%} of the solves in training"),
         *(_facts_of_A(model) if isinstance(model, ImplicitModel) else ()),
     ]
 

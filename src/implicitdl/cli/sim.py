@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import torch
 from typer import Option
@@ -11,11 +12,22 @@ from typer import Option
 from .._checks import choice, non_negative, non_negative_int, open_unit, positive_int, wrong
 from ..activations import BUILTIN
 from ..data import NAMES
-from ..sim.solvers import ADMMSolver, BaseSolver, CVXSolver, LeastSquareSolver, OneSidedSolver, ProjectedGDLowRankSolver
+from ..sim.solvers import (
+    ADMMMultiGPUSolver,
+    ADMMSolver,
+    BaseSolver,
+    CVXSolver,
+    LeastSquareSolver,
+    OneSidedSolver,
+    ProjectedGDLowRankSolver,
+)
 from .teacher import WHO
+
+T = TypeVar("T")
 
 SOLVERS: dict[str, type[BaseSolver]] = {
     "admm": ADMMSolver,
+    "admm-multi-gpu": ADMMMultiGPUSolver,
     "cvx": CVXSolver,
     "one-sided": OneSidedSolver,
     "low-rank": ProjectedGDLowRankSolver,
@@ -30,8 +42,10 @@ class SimOptions:
 
     teacher: str
     data: str
-    samples: int
+    root: str | None
+    samples: int | None
     seed: int
+    split_seed: int | None
     holdout: float
     layers: str | None
     activation: str
@@ -44,27 +58,38 @@ class SimOptions:
     rescale: bool
     dtype: str
     path: str | None
+    nonzeros: str | None
     refit: bool
 
     def check(self) -> SimOptions:
         for name, known in (("data", NAMES), ("activation", BUILTIN), ("solver", SOLVERS), ("dtype", DTYPES)):
             choice(WHO, f"--{name}", getattr(self, name), known)
-        positive_int(WHO, "--samples", self.samples)
+        if self.samples is not None:
+            positive_int(WHO, "--samples", self.samples)
         non_negative_int(WHO, "--seed", self.seed)
+        if self.split_seed is not None:
+            non_negative_int(WHO, "--split-seed", self.split_seed)
         open_unit(WHO, "--holdout", self.holdout)
         open_unit(WHO, "--kappa", self.kappa)
-        if self.lambdas() is None and self.refit:
-            raise wrong(WHO, "--refit together with --path", "it alone", "Leave out --refit.")
+        given = [values for values in (self.lambdas(), self.counts()) if values is not None]
+        if self.refit and not given:
+            raise wrong(WHO, "--refit together with --path or --nonzeros", "it alone", "Leave out --refit.")
+        if len(given) > 1:
+            raise wrong(WHO, "--path or --nonzeros", "both", "Leave out one of them.")
         self.build_solver()
         return self
 
     def lambdas(self) -> list[float] | None:
+        """λ_z of the further models."""
         if self.path is None:
             return None
-        try:
-            return [non_negative(WHO, "--path", float(word)) for word in self.path.split(",")]
-        except ValueError as error:
-            raise wrong(WHO, "--path with numbers such as 10,1,0.1", repr(self.path)) from error
+        return [non_negative(WHO, "--path", value) for value in _numbers("--path", self.path, float)]
+
+    def counts(self) -> list[int] | None:
+        """Nonzeros of the further models."""
+        if self.nonzeros is None:
+            return None
+        return [positive_int(WHO, "--nonzeros", count) for count in _numbers("--nonzeros", self.nonzeros, int)]
 
     def build_solver(self) -> BaseSolver:
         """The solver with what was given; what it does not have would have no effect."""
@@ -81,14 +106,27 @@ class SimOptions:
         return kind(**given)
 
 
+def _numbers(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        raise wrong(WHO, f"{flag} with numbers such as 100,10,1", repr(text)) from error
+
+
 def sim(
     teacher: Annotated[
         str, Option(help="A run's folder, a .pt2 of torch.export.save from a source you trust, or a .safetensors file.")
     ],
     data: Annotated[str, Option(help=" | ".join(NAMES))] = "digits",
     root: Annotated[str | None, Option(help="Folder of the datasets; else IMPLICITDL_DATA, else 'data'.")] = None,
-    samples: Annotated[int, Option(help="Training samples to match, drawn at random.")] = 2000,
+    samples: Annotated[
+        int | None, Option(help="Training samples to match, drawn at random; 2000, or all where there are fewer.")
+    ] = None,
     seed: Annotated[int, Option(help="of the draw.")] = 0,
+    split_seed: Annotated[
+        int | None,
+        Option(help="Seed of the split of digits and of the held-out part; that of the teacher's run, or 0."),
+    ] = None,
     holdout: Annotated[float, Option(help="Share of the training data kept for the accuracies of --path.")] = 0.1,
     layers: Annotated[str | None, Option(help="Sizes of the .safetensors network, such as 784-64-10.")] = None,
     activation: Annotated[str, Option(help=f"φ of the teacher: {' | '.join(BUILTIN)}")] = "relu",
@@ -103,9 +141,10 @@ def sim(
     rescale: Annotated[bool, Option(help="Measure states in units in which the teacher is feasible.")] = True,
     dtype: Annotated[str, Option(help=" | ".join(DTYPES))] = "float32",
     path: Annotated[str | None, Option(help="λ_z of further, sparser models, such as 100,30,10.")] = None,
-    refit: Annotated[
-        bool, Option("--refit", help="Fit what is left of the models of --path by least squares.")
-    ] = False,
+    nonzeros: Annotated[
+        str | None, Option(help="Of further models, how many nonzeros each may have, such as 500,2000.")
+    ] = None,
+    refit: Annotated[bool, Option("--refit", help="Fit what is left of the further models by least squares.")] = False,
     out: Annotated[str | None, Option(help="Folder of the result; a new one under runs/ by default.")] = None,
     device: Annotated[str | None, Option(help="Such as cpu or cuda:0.")] = None,
     threads: Annotated[int | None, Option(help="of PyTorch on the CPU.")] = None,
@@ -114,8 +153,8 @@ def sim(
     from . import match
 
     options = SimOptions(
-        teacher=teacher, data=data, samples=samples, seed=seed, holdout=holdout, layers=layers, activation=activation,
-        solver=solver, lambda_z=lambda_z, lambda_y=lambda_y, rank=rank, regen_states=regen_states, kappa=kappa,
-        rescale=rescale, dtype=dtype, path=path, refit=refit,
+        teacher=teacher, data=data, root=root, samples=samples, seed=seed, split_seed=split_seed, holdout=holdout,
+        layers=layers, activation=activation, solver=solver, lambda_z=lambda_z, lambda_y=lambda_y, rank=rank,
+        regen_states=regen_states, kappa=kappa, rescale=rescale, dtype=dtype, path=path, nonzeros=nonzeros, refit=refit,
     )  # fmt: skip
-    match.run(options.check(), root=root, out=out, device=device, threads=threads)
+    match.run(options.check(), out=out, device=device, threads=threads)

@@ -15,17 +15,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._checks import wrong
-from ..activations import BUILTIN
+from .._checks import ArgumentError, wrong
+from ..activations import MODULES
 from ..nn import ImplicitModel
-from ..statespace import StateSpace
+from ..sim.states import place_of
+from ..statespace import StateSpace, from_module
+from ..statespace.matrices import count_nonzero
 from . import folder
 
 WHO = "sim"
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "hardtanh": nn.Hardtanh,
-    "softplus": nn.Softplus, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU, "identity": nn.Identity,
-}  # fmt: skip
+_ACTIVATIONS = {activation.name: kind for kind, activation in MODULES.items()}
 
 
 def load(path: str, layers: str | None, activation: str) -> nn.Module:
@@ -46,7 +45,7 @@ def load(path: str, layers: str | None, activation: str) -> nn.Module:
         return _network(where, layers, activation)
     if where.suffix == ".pt2":
         return _exported(where)
-    if (where / folder.FILE).is_file():
+    if folder.is_run(where):
         model = folder.best(WHO, where, folder.read(WHO, where))
         if not isinstance(model, ImplicitModel):
             raise wrong(WHO, "a teacher with states x = φ(z)", f"a {type(model).__name__}", "Take another run.")
@@ -54,30 +53,29 @@ def load(path: str, layers: str | None, activation: str) -> nn.Module:
     return ImplicitModel.from_pretrained(where)  # refuses what is no such folder, pickles by name
 
 
+def split_seed(path: str) -> int:
+    """Of the data that the teacher has been trained on, where it is a run of ours or in one's folder; else 0."""
+    runs = [where for where in (Path(path), Path(path).parent) if folder.is_run(where)]
+    return folder.read(WHO, runs[0]).split_seed if runs else 0
+
+
 def weights_of(teacher: nn.Module) -> int:
     """Weights that are not zero, biases not counted."""
     return sum(int((weight != 0).sum()) for weight in teacher.parameters() if weight.dim() > 1)
 
 
-def statespace(teacher: nn.Module) -> StateSpace | None:
-    """The teacher as matrices, where it is an implicit model or a stack of linear layers; else None."""
+def statespace(teacher: nn.Module, images: Tensor) -> StateSpace | None:
+    """The teacher as matrices, for inputs such as these, where each of its weights is one of their entries; else None.
+
+    A weight of a convolution is many of them, and those that a max-pooling adds are none of its own.
+    """
     if isinstance(teacher, ImplicitModel):
         return teacher.statespace().detach()
-    if not isinstance(teacher, nn.Sequential):
+    try:
+        space = from_module(teacher, images.to(*place_of(teacher))).detach().to_dense()
+    except ArgumentError:  # it has no such form
         return None
-    names = {kind: name for name, kind in _ACTIVATIONS.items()}
-    whole: StateSpace | None = None
-    for part in teacher:
-        if isinstance(part, nn.Linear):
-            last = StateSpace.affine(part.weight, part.bias)
-        elif type(part) in names and whole is not None:
-            last = StateSpace.elementwise(BUILTIN[names[type(part)]], whole.q, like=whole.D)
-        elif isinstance(part, nn.Flatten):
-            continue
-        else:
-            return None
-        whole = last if whole is None else last @ whole
-    return None if whole is None else whole.detach()
+    return space if sum(map(count_nonzero, space.matrices)) == weights_of(teacher) else None
 
 
 def _network(path: Path, layers: str, activation: str) -> nn.Module:

@@ -7,6 +7,7 @@ from .deq import DEQ
 from .function import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
 from .model import ImplicitModel
 from .monotone import MonotoneConvBlock
+from .penalty import JacobianPenalty
 from .rnn import ImplicitRNN, ImplicitRNNCell
 from .starts import RandomStart, Start, WarmStart, ZeroStart
 
@@ -20,6 +21,7 @@ __all__ = [
     "ImplicitModel",
     "ImplicitRNN",
     "ImplicitRNNCell",
+    "JacobianPenalty",
     "MonotoneConvBlock",
     "MonotoneConvClassifier",
     "RandomStart",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._checks import positive_int, wrong
 from ..activations import TANH
 from ..equilibrium import Equilibrium
+from ..statespace import StateSpace
 
 
 class ResidualBlock(nn.Module):
@@ -93,3 +94,9 @@ class TanhBlock(nn.Module):
         if u.dim() != 2 or u.shape[1] != self.linear.in_features:
             raise wrong("TanhBlock", f"u of shape (batch, n={self.linear.in_features})", tuple(u.shape))
         return Equilibrium(self.linear.weight, u, TANH)
+
+    def equilibrium_statespace(self) -> StateSpace:
+        """u ↦ x, the solution, as matrices: A = W and B = C = I."""
+        W = self.linear.weight
+        unit = torch.eye(len(W), dtype=W.dtype, device=W.device)
+        return StateSpace(W, unit, unit, blocks=TANH)

@@ -15,6 +15,7 @@ from ..fixed_point import State, check_settings, fixed_point
 from ..frozen import Frozen
 from ..solution import OnFailure, Report, Solution
 from ..solvers import Auto, Solver
+from ..statespace import StateSpace
 from .starts import Start, start
 
 
@@ -107,6 +108,9 @@ class DEQ(nn.Module):
         Returns:
             The solution, and a state for each k, in the order of ``at``.
 
+        Raises:
+            ArgumentError: ``at`` is no numbers, or one is below 1; and as `fixed_point`.
+
         Source: Bai et al., Deep Equilibrium Optical Flow Estimation (2022).
 
         Example:
@@ -118,6 +122,8 @@ class DEQ(nn.Module):
             >>> loss = solution.value.sum() + 0.5 * late.sum() + 0.25 * early.sum()
             >>> loss.backward()
         """
+        if not isinstance(at, Iterable):
+            raise wrong("DEQ", "at to be numbers, such as (2, 5)", repr(at), f"Pass at=({at},) for one.")
         numbers = [positive_int("DEQ", "the numbers in at", k) for k in at]
         inputs = _inputs(u)
         f = _Watched(self.f, numbers)
@@ -126,10 +132,25 @@ class DEQ(nn.Module):
         # The solve has settled f's running statistics; these evaluations repeat its noise and move nothing.
         return solution, tuple(f(f.seen.get(k, end), *inputs) for k in numbers)
 
+    def statespace(self) -> StateSpace:
+        """The layer as matrices, which only a block that knows them has, such as `TanhBlock`.
+
+        Raises:
+            ArgumentError: f has no ``equilibrium_statespace()``: an arbitrary map is no φ(Ax + Bu).
+        """
+        of: Callable[[], StateSpace] | None = getattr(self.f, "equilibrium_statespace", None)
+        if of is None:
+            raise wrong(
+                "DEQ", "an f that is some φ(Ax + Bu) and gives it as equilibrium_statespace()",
+                f"the arbitrary {getattr(self.f, '__name__', type(self.f).__name__)}",
+                "Convert what comes before and after the layer.",
+            )  # fmt: skip
+        return of()
+
     def _solve(self, f: Callable[..., State], inputs: tuple[Tensor, ...], args: tuple[Tensor, ...]) -> Solution:
         trace = not isinstance(f, Equilibrium) if self.trace is None else self.trace
         solution = fixed_point(
-            f, self.start(*inputs), *args,
+            f, _fitting(self.start(*inputs), inputs, f), *args,
             solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
         )  # fmt: skip
         if not transformed():  # what torch.func wraps must not outlive its transform
@@ -167,6 +188,21 @@ def _inputs(u: tuple[Any, ...]) -> tuple[Tensor, ...]:
             got = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
             raise wrong("DEQ", "u of tensors (batch, ...)", got, "Let f close over what is no data.")
     return parts
+
+
+def _fitting(x0: State, u: tuple[Tensor, ...], f: Callable[..., State]) -> State:
+    """x0, where it fits u, and f as far as its form tells; what it is made of, `fixed_point` looks at."""
+    for part in x0 if isinstance(x0, tuple) else (x0,):
+        if not isinstance(part, Tensor) or part.dim() == 0:
+            continue
+        if u and len(part) != len(u[0]):
+            raise wrong(
+                "DEQ", f"x0 of shape (batch={len(u[0])}, *state), as u has it", tuple(part.shape),
+                "Pass x0 of one row, for any batch, or a function of u.",
+            )  # fmt: skip
+        if isinstance(f, Equilibrium) and part.numel() != f.b.numel():
+            raise wrong("DEQ", f"x0 of {f.b[0].numel()} entries a sample, as f's states have", tuple(part.shape))
+    return x0
 
 
 def _detached(x: State) -> State:

@@ -178,7 +178,7 @@ class ImplicitModel(Pretrained):
             equilibrium = LowRankEquilibrium(*weights, b, self.activation)
         else:
             equilibrium = Equilibrium(weights[0], b, self.activation, triangular=self.constraint.triangular)
-        x0 = torch.zeros_like(b) if X0 is None else self._state(X0, b)
+        x0 = equilibrium.after_zero() if X0 is None else self._state(X0, b)
         return fixed_point(
             equilibrium, x0, solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace
         )

@@ -59,6 +59,7 @@ def certify(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) ->
         gap=gap,
         norm=w[:, : problem.n].abs().sum(dim=1),
         support=(w != 0).sum(dim=1),
+        rounding=floor,
         converged=gap <= tol * objective + floor,
     )
     return report, look.gradient

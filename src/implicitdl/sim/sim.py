@@ -39,8 +39,14 @@ class SIM:
     constraint as a rule.  So the states are measured in units v in which they do not, the least v ≥ 1 with |A|v ≤ κv
     for the teacher's A (`rescale`).
 
+    A teacher that is linear between its activations has such matrices.  Of another one, with a softmax at its end, a
+    max-pooling or a normalisation by the sample between two activations, the part that is not linear is approximated
+    by a linear map, without a warning: it shows in the objective of its rows, ½ the squared distance that remains, in
+    `report`.
+
     Arguments:
-        activation_fn: φ of the teacher: an `Activation`, or a function such as ``torch.relu``.
+        activation_fn: φ of the teacher: an `Activation`, a function such as ``torch.relu`` or a module such as
+            ``torch.nn.ReLU()``.
         kappa: κ in (0, 1).
         skip_layers: as for `get_states`.
         device: where it is solved, and of the model.
@@ -133,13 +139,14 @@ class SIM:
             The `SIMReport`, also at ``report``; the model is at ``model``.
 
         Raises:
-            ArgumentError: neither a teacher with data nor states; states that φ did not make; whatever `get_states`
-                and the solver refuse.
+            ArgumentError: no solver; neither a teacher with data nor states; states that φ did not make; whatever
+                `get_states` and the solver refuse.
         """
+        chosen = _solver("SIM.train", solver)
         states = self._states(model, dataloader, states_data_path, save_states_path)
         matching = self.matching(states, model)
         with row_bar(progress) as moved:
-            found = matching.fit(ADMMSolver() if solver is None else solver, progress=moved)
+            found = matching.fit(chosen, progress=moved)
         self._model = matching.model(found)
         self.report = report_of(matching, found, self._model)
         return self.report
@@ -172,7 +179,8 @@ class SIM:
             A `PathPoint` for each, in the order asked for.
 
         Raises:
-            ArgumentError: neither or both of lambdas and nonzeros, a solver without penalties; and as `train`.
+            ArgumentError: neither or both of lambdas and nonzeros, or an empty one; a solver without penalties; and as
+                `train`.
 
         Example:
             >>> import torch
@@ -186,14 +194,17 @@ class SIM:
         if (lambdas is None) == (nonzeros is None):
             got = "neither" if lambdas is None else "both"
             raise wrong("SIM.path", "lambdas or nonzeros", got, "Say what the models should be chosen by.")
+        name, values = ("nonzeros", nonzeros) if lambdas is None else ("lambdas", lambdas)
+        if len(values or ()) == 0:
+            raise wrong("SIM.path", f"{name} with at least one value", values, "Name the models to find.")
+        chosen = _solver("SIM.path", solver)
         states = self._states(model, dataloader, states_data_path, None)
         matching = self.matching(states, model)
-        found = ADMMSolver() if solver is None else solver
         with row_bar(progress, "models") as moved:
             if lambdas is not None:
-                return by_penalty(matching, found, lambdas, refit, moved)
+                return by_penalty(matching, chosen, lambdas, refit, moved)
             assert nonzeros is not None
-            return by_count(matching, found, nonzeros, refit, moved)
+            return by_count(matching, chosen, nonzeros, refit, moved)
 
     def matching(self, states: States, model: nn.Module | None) -> Matching:
         """The problem that `train` solves, for states that are there."""
@@ -265,3 +276,12 @@ class SIM:
                 SIMWarning, stacklevel=4,
             )  # fmt: skip
         return v
+
+
+def _solver(who: str, given: Any) -> BaseSolver:
+    if given is None:
+        return ADMMSolver()
+    if not isinstance(given, BaseSolver):
+        do = "Pass an object of one of implicitdl.sim.solvers, such as ADMMSolver()."
+        raise wrong(who, "solver to be a BaseSolver", repr(given), do)
+    return given

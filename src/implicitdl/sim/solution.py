@@ -25,13 +25,15 @@ class RowReport:
             Infinite where no bound is known.
         norm: ‖a‖₁.
         support: nonzeros of (a, b).
-        converged: whether gap ≤ tol · objective.
+        rounding: what rounding alone can make of the gap, where the residual is nothing else.
+        converged: whether gap ≤ tol · objective + rounding, which is relative_gap ≤ tol.
     """
 
     objective: Tensor
     gap: Tensor
     norm: Tensor
     support: Tensor
+    rounding: Tensor
     converged: Tensor
 
     def take(self, rows: Tensor) -> RowReport:
@@ -46,8 +48,9 @@ class RowReport:
 
     @property
     def relative_gap(self) -> Tensor:
-        """gap / objective, and 0 where both are 0."""
-        return torch.where(self.gap > 0, self.gap / self.objective, 0.0)
+        """(gap − rounding)₊ / objective; 0 where the gap is rounding alone, and infinite where it is."""
+        above = (self.gap - self.rounding).clamp(min=0)
+        return torch.where((above > 0) & above.isfinite(), above / self.objective, above)
 
 
 @dataclass(frozen=True)

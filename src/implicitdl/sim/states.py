@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int, wrong
+from .._checks import positive_int, takes, wrong
 from ..training.evaluate import evaluating
 from .choice import chosen, whole_modules
 from .record import Call, Recorder
@@ -126,7 +126,7 @@ def _inputs(loader: Iterable[Any], place: tuple[torch.device, torch.dtype]) -> I
 
 def _run(model: nn.Module, u: Tensor, whole: set[str]) -> tuple[list[Call], Tensor]:
     recorder = Recorder(whole)
-    with recorder.inside(model):
+    with takes(_WHO, "a teacher", u, "Pass the data that it was made for."), recorder.inside(model):
         y = model(u.clone())  # the first activation may work in place on the input itself
     if not isinstance(y, Tensor) or y.dim() < 2 or len(y) != len(u):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

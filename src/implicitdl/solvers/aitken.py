@@ -73,11 +73,14 @@ class Aitken(Solver):
 
 
 def _extrapolate(x: Tensor, fx: Tensor, before: Tensor) -> Tensor:
+    dtype = fx.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        x, fx, before = x.float(), fx.float(), before.float()
     r = fx - x
     d = r - before
-    if d.dtype in (torch.bfloat16, torch.float16):
-        return _extrapolate(x.float(), fx.float(), before.float()).to(fx.dtype)
     # d = 0 is a residual that repeats itself, and there is nothing to extrapolate.
     size = (d * d).sum(dim=1, keepdim=True).clamp_(min=torch.finfo(d.dtype).tiny)
-    gamma = (d * r).sum(dim=1, keepdim=True).div_(size)
-    return torch.addcmul(fx, gamma, r, value=-1)
+    # A residual that all but repeats itself differs by rounding: a step of half the digits' worth is the longest one.
+    longest = torch.finfo(dtype).eps ** -0.5
+    gamma = (d * r).sum(dim=1, keepdim=True).div_(size).clamp_(-longest, longest)
+    return torch.addcmul(fx, gamma, r, value=-1).to(dtype)

@@ -7,7 +7,7 @@ from .comparison import spread
 from .convert import from_module
 from .equivalence import eliminate_diagonal, eliminate_linear, permute, rescale, scale_states
 from .perron import loop_gain, perron_root, perron_weights
-from .prune import Pruning, error_bound, magnitude, prune, sensitivity
+from .prune import Pruning, error_bound, magnitude, prune, sensitivity, within_each
 from .reduce import drop_unobservable, fold_constant, merge_proportional, reduce
 from .refit import refit, zeros_held
 from .space import StateSpace
@@ -47,5 +47,6 @@ __all__ = [
     "self_feedback",
     "sensitivity",
     "spread",
+    "within_each",
     "zeros_held",
 ]

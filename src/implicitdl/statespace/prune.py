@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -12,18 +12,13 @@ from torch import Tensor
 from .._checks import open_unit, wrong
 from .blocks import slopes_of
 from .comparison import rounding, spread
+from .given import Model, space_of
 from .matrices import count_nonzero
 from .perron import gains, loop_gain
 from .space import StateSpace
 
 Scores = tuple[Tensor, ...]  # how much each entry of A, B, C and D counts
 Rule = Callable[[StateSpace, Tensor], Scores]
-
-
-class HasStateSpace(Protocol):
-    """An `ImplicitModel`, or whatever else can give its matrices."""
-
-    def statespace(self) -> StateSpace: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,9 @@ def sensitivity(space: StateSpace, u: Tensor) -> Scores:
 def error_bound(space: StateSpace, u: Tensor) -> Scores:
     """What w adds to a bound on E Σ_k |y_k − y'_k|: losing the smallest keeps the bound as small as can be.
 
+    Where the gain (I − |A|)⁻¹ is large it is cheapest to lose C, and with it all that it reads: compare the weights of
+    each matrix among themselves, by `within_each`.
+
     Pruning makes no |a_ij| larger, so |x − x'| ≤ (I − Λ|A|)⁻¹ Λ (|ΔA||x| + |ΔB||u|), Λ = max|φ'|, and
     |y − y'| ≤ |C||x − x'| + |ΔC||x| + |ΔD||u|.  Summed over the outputs, with ω = Λ(I − |A|ᵀΛ)⁻¹|C|ᵀ1, a lost weight
     adds ω_i |a_ij| E|x_j|, ω_i |b_ij| E|u_j|, |c_ki| E|x_i| or |d_kj| E|u_j|.
@@ -87,7 +85,34 @@ def error_bound(space: StateSpace, u: Tensor) -> Scores:
     return tuple(M.abs() * share for M, share in zip(space.matrices, shares, strict=True))
 
 
-def prune(model: StateSpace | HasStateSpace, u: Tensor, *, keep: float, by: Rule = magnitude) -> Pruning:
+def within_each(rule: Rule) -> Rule:
+    """The rule that keeps the same share of each of A, B, C and D, those that score highest there by ``rule``.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import ImplicitModel, prune
+        >>> from implicitdl.statespace import error_bound, within_each
+        >>> model = ImplicitModel(input_dim=10, output_dim=10, hidden_dim=10)
+        >>> pruning = prune(model, torch.randn(5, 10), keep=0.5, by=within_each(error_bound))
+        >>> [int((M != 0).sum()) for M in pruning.space.matrices]
+        [50, 50, 50, 50]
+    """
+
+    @wraps(rule)
+    def ranked(space: StateSpace, u: Tensor) -> Scores:
+        scores = rule(space, u)
+        return tuple(_standing(score, M) for score, M in zip(scores, space.matrices, strict=True))
+
+    return ranked
+
+
+def _standing(score: Tensor, M: Tensor) -> Tensor:
+    """The share of M's weights that do not score higher, 1 for the best."""
+    place = score.flatten().argsort(descending=True).argsort().view_as(M)
+    return 1 - place / max(1, count_nonzero(M))
+
+
+def prune(model: Model, u: Tensor, *, keep: float, by: Rule = magnitude) -> Pruning:
     """The model with only the weights that count most, and a bound on what it loses.
 
     Arguments:
@@ -101,7 +126,8 @@ def prune(model: StateSpace | HasStateSpace, u: Tensor, *, keep: float, by: Rule
         The `Pruning`.
 
     Raises:
-        ArgumentError: keep outside (0, 1), an input that does not fit, or a rule that does not apply.
+        ArgumentError: keep outside (0, 1), no model or no rule, an input that does not fit, or a rule that does not
+            apply.
 
     Source: THEORY §2: |x − x'| ≤ (I − |A|)⁻¹ (|ΔA||x'| + |ΔB||u|), |y − y'| ≤ |C||x − x'| + |ΔC||x'| + |ΔD||u|.
 
@@ -117,7 +143,9 @@ def prune(model: StateSpace | HasStateSpace, u: Tensor, *, keep: float, by: Rule
         True
     """
     open_unit("prune", "keep", keep)
-    space = (model if isinstance(model, StateSpace) else model.statespace()).detach()
+    if not callable(by):
+        raise wrong("prune", "by to be a rule, (space, u) → scores", repr(by), "Pass statespace.magnitude itself.")
+    space = space_of("prune", model)
     full = space.to_dense()
     u = full.flat(u).detach()
     scores = torch.cat([score.flatten() for score in by(full, u)])

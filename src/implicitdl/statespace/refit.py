@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from .._checks import wrong
 from ..constraints import norm_inf
 from ..constraints.norm import project_l1
+from .given import Model, space_of
 from .space import StateSpace
 
 # Ridge relative to the mean square of the regressors: neighbouring pixels are nearly collinear, and without it their
@@ -20,7 +21,7 @@ _RIDGE = 1e-3
 _CHUNK = 4096  # samples whose regressors are formed at a time
 
 
-def refit(pruned: StateSpace, original: StateSpace, u: Tensor) -> StateSpace:
+def refit(pruned: Model, original: Model, u: Tensor) -> StateSpace:
     """The pruned model with the weights that are left fitted to the states and outputs of the original.
 
     Every row of (A, B, b_x) is the least-squares fit of the original's z_i on its x and u, over the weights that are
@@ -29,28 +30,29 @@ def refit(pruned: StateSpace, original: StateSpace, u: Tensor) -> StateSpace:
     where the original has any.
 
     Arguments:
-        pruned: what `prune` made of the original; its zeros stay.
-        original: the model before.
+        pruned: an `ImplicitModel` or a `StateSpace`, what `prune` made of the original; its zeros stay.
+        original: the model before, likewise.
         u: inputs (batch, \\*any).
 
     Raises:
-        ArgumentError: models of different sizes, or an input that does not fit.
+        ArgumentError: no models, models of different sizes, or an input that does not fit.
 
     Example:
         >>> import torch
         >>> from implicitdl import ImplicitModel, prune
         >>> from implicitdl.statespace import refit
-        >>> model = ImplicitModel(input_dim=8, output_dim=2, hidden_dim=16).statespace().detach()
+        >>> model = ImplicitModel(input_dim=8, output_dim=2, hidden_dim=16)
         >>> u = torch.randn(128, 8)
         >>> pruned = prune(model, u, keep=0.3).space
         >>> bool((refit(pruned, model, u)(u) - model(u)).norm() < (pruned(u) - model(u)).norm())
         True
     """
+    pruned, original = space_of("refit", pruned), space_of("refit", original)
     if (pruned.n, pruned.p, pruned.q) != (original.n, original.p, original.q):
         raise wrong("refit", f"models of one size, n, p, q = {original.n, original.p, original.q}",
                     f"{pruned.n, pruned.p, pruned.q}")  # fmt: skip
     sparse_wanted = pruned.is_sparse
-    pruned, original = pruned.detach().to_dense(), original.detach().to_dense()
+    pruned, original = pruned.to_dense(), original.to_dense()
     u = original.flat(u).detach()
     x = _state(original, u)
     biased = bool((original.b_x != 0).any() | (original.b_y != 0).any())

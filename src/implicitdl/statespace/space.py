@@ -208,13 +208,19 @@ class StateSpace:
 
     def __matmul__(self, inner: StateSpace) -> StateSpace:
         """``outer @ inner``: u ↦ outer(inner(u))."""
+        if not isinstance(inner, StateSpace):
+            return NotImplemented
         return algebra.cascade(self, inner)
 
     def __add__(self, other: StateSpace) -> StateSpace:
         """u ↦ self(u) + other(u)."""
+        if not isinstance(other, StateSpace):
+            return NotImplemented
         return algebra.add(self, other)
 
     def __sub__(self, other: StateSpace) -> StateSpace:
+        if not isinstance(other, StateSpace):
+            return NotImplemented
         return algebra.add(self, algebra.scale(other, -1.0))
 
     def __neg__(self) -> StateSpace:

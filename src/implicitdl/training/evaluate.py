@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import wrong
+from .._checks import choice, extra, wrong
 from .meter import Meter, figures
-from .processes import Device, move
+from .processes import PRECISIONS, Device, Precision, move
 
 Loss = Callable[[Any, Any], Tensor]
 
 
 def get_valid_accuracy(
-    model: nn.Module, loss_fn: Loss, dl: Iterable[Any], device: Device | None = None
+    model: nn.Module,
+    loss_fn: Loss,
+    dl: Iterable[Any],
+    device: Device | None = None,
+    *,
+    mixed_precision: Precision | None = None,
 ) -> tuple[float, float | None]:
     """Mean loss and accuracy of a model over a loader, in evaluation mode and without gradients.
 
@@ -26,12 +31,13 @@ def get_valid_accuracy(
         loss_fn: ``loss_fn(pred, target)``, the mean over the batch.
         dl: batches (input, target).
         device: where the model is; None looks at its first parameter.
+        mixed_precision: that of the training, "bf16", "fp16" or "no", whose tolerances the solves then have.
 
     Returns:
         ``(loss, accuracy)``: the accuracy in [0, 1], None where the targets are no classes.
 
     Raises:
-        ArgumentError: no batches, or batches that are no pairs.
+        ArgumentError: no batches, or batches that are no pairs; another precision.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -41,17 +47,40 @@ def get_valid_accuracy(
         >>> accuracy
         0.75
     """
+    choice("get_valid_accuracy", "mixed_precision", mixed_precision, (None, *PRECISIONS))
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with evaluating(model), Meter("get_valid_accuracy", None) as meter:
-        measure(model, dl, loss_fn, torch.device(device), meter)
+        measure(_InPrecision(model, torch.device(device), mixed_precision), dl, loss_fn, torch.device(device), meter)
         found = figures(meter.sums())
     if found["loss"] is None:
         raise wrong("get_valid_accuracy", "a loader with batches", "an empty one", "Check the data set.")
     return found["loss"], found["acc"]
 
 
-def measure(forward: nn.Module, loader: Iterable[Any], loss_fn: Loss, device: torch.device, meter: Meter) -> None:
+def autocast(device: torch.device, precision: Precision | None) -> torch.autocast:
+    """The precision of a run, as accelerate computes it; in half precision a CPU has bfloat16 only."""
+    dtype = torch.float16 if precision == "fp16" and device.type != "cpu" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+
+class _InPrecision:
+    """The model in a precision, its answer in float32."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: Precision | None) -> None:
+        self.model, self.device, self.precision = model, device, precision
+
+    def __call__(self, inputs: Any) -> Any:
+        if self.precision in (None, "no"):
+            return self.model(inputs)
+        with autocast(self.device, self.precision):
+            pred = self.model(inputs)
+        return extra("accelerate.utils", "train").convert_to_fp32(pred)
+
+
+def measure(
+    forward: Callable[[Any], Any], loader: Iterable[Any], loss_fn: Loss, device: torch.device, meter: Meter
+) -> None:
     for batch in loader:
         inputs, target = (move(part, device) for part in pair(meter.who, batch))
         pred = forward(inputs)

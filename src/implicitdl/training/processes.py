@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from .._checks import choice, extra, wrong
 
 Precision = Literal["no", "bf16", "fp16"]
+PRECISIONS = get_args(Precision)
 Device = str | torch.device
 
 
@@ -27,7 +28,7 @@ class Processes:
 
     def __init__(self, device: Device | None, precision: Precision | None) -> None:
         asked = _device(device)
-        choice("train", "mixed_precision", precision, (None, "no", "bf16", "fp16"))
+        choice("train", "mixed_precision", precision, (None, *PRECISIONS))
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         # Under torchrun without a GPU, accelerate joins the processes only when it is told "CPU".
         cpu = asked.type == "cpu" if asked is not None else several and not torch.cuda.is_available()
@@ -68,7 +69,7 @@ class Processes:
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
             raise wrong("train", "data-parallel processes", kind, "Launch with torchrun or plain accelerate launch.")
         precision = self.accelerator.mixed_precision
-        if precision not in ("no", "bf16", "fp16"):
+        if precision not in PRECISIONS:
             raise wrong("train", "mixed precision no, bf16 or fp16", precision, "Launch with another one.")
         if precision == "fp16" and self.device.type == "cpu":
             raise wrong("train", "an accelerator for mixed_precision='fp16'", "the CPU", "Use 'bf16' on the CPU.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Where a gap of zero is drawn: below what a sum over samples in float64 can tell.
 _FLOOR = 1e-18
 _COLOURS = (BLUE, AMBER, RED, INK)
+_ROUND = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def row_gaps(report: SIMReport, *, tol: float | None = None, path: PathLike | None = None) -> Figure:
@@ -66,6 +67,7 @@ def sparsity(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
     reference: float | None = None,
+    of: str = "",
     ax: Axes | None = None,
     path: PathLike | None = None,
 ) -> Figure:
@@ -74,6 +76,7 @@ def sparsity(
     Arguments:
         curves: name to points (share, accuracy), both in [0, 1]; shares are of the teacher's nonzeros.
         reference: the teacher's accuracy, to mark.
+        of: whose accuracy it is, such as "test" or "held-out"; the axis says it.
         ax: where to draw; a figure of its own by default.
         path: where to write the figure.
 
@@ -85,9 +88,9 @@ def sparsity(
 
     Example:
         >>> from implicitdl import viz
-        >>> figure = viz.sparsity({"SIM": [(0.1, 0.8), (0.5, 0.85)]}, reference=0.86)
+        >>> figure = viz.sparsity({"SIM": [(0.1, 0.8), (0.5, 0.85)]}, reference=0.86, of="test")
         >>> figure.axes[0].get_ylabel()
-        'accuracy (%)'
+        'test accuracy (%)'
     """
     if not any(curves.values()):
         raise wrong("sparsity", "a curve with points", "none", "Solve a path first: SIM.path.")
@@ -97,8 +100,8 @@ def sparsity(
         ax.plot(share, accuracy, color=_COLOURS[i % 4], marker="o", markersize=4, linewidth=1.8, label=name)
     if reference is not None:
         ax.axhline(100 * reference, color=GREY, linewidth=1, linestyle=":", label="teacher")
-    ax.set(xscale="log", xlabel="nonzeros, % of the teacher's", ylabel="accuracy (%)")
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if _within(tick, curves)]
+    ax.set(xscale="log", xlabel="nonzeros, % of the teacher's", ylabel=f"{of} accuracy (%)".lstrip())
+    ticks = _ticks([100 * share for points in curves.values() for share, _ in points])
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks([], minor=True)
     plain(ax)
@@ -107,6 +110,8 @@ def sparsity(
     return written(figure, path)
 
 
-def _within(tick: float, curves: Mapping[str, Sequence[tuple[float, float]]]) -> bool:
-    shares = [100 * share for points in curves.values() for share, _ in points]
-    return 0.8 * min(shares) <= tick <= 1.25 * max(shares)
+def _ticks(shares: Sequence[float]) -> list[float]:
+    """Round percentages around the points; the points themselves where fewer than two of those are near."""
+    low, high = min(shares), max(shares)
+    near = [tick for tick in _ROUND if 0.8 * low <= tick <= 1.25 * high]
+    return near if len(near) > 1 else sorted({float(f"{low:.3g}"), float(f"{high:.3g}")})

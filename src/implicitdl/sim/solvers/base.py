@@ -139,7 +139,7 @@ class BaseSolver(ABC):
 def without_gap(report: RowReport) -> RowReport:
     """The report of rows of which no bound is known."""
     return RowReport(
-        report.objective, torch.full_like(report.gap, math.inf), report.norm, report.support,
+        report.objective, torch.full_like(report.gap, math.inf), report.norm, report.support, report.rounding,
         torch.zeros_like(report.converged),
     )  # fmt: skip
 
@@ -215,8 +215,8 @@ def warn_unbounded(who: str, report: RowReport, kappa: float) -> None:
     """Say that nothing makes the model well posed."""
     if (norm := float(report.norm.max())) > kappa:
         warnings.warn(
-            f"{who}: ‖A‖∞ = {norm:.3g} is above κ = {kappa:g}: the model need not have an equilibrium. "
-            "Check certify.well_posed(model), or use ADMMSolver().",
+            f"{who}: ‖A‖∞ = {norm:.3g} is above κ = {kappa:g} by {norm - kappa:.2g}: the model need not have an "
+            "equilibrium. Check certify.well_posed(model), or use ADMMSolver().",
             SIMWarning,
             stacklevel=3,
         )

@@ -158,4 +158,5 @@ def _matched(problem: RowProblem, w: Tensor, theta: Tensor, tol: float) -> RowRe
     if problem.kappa < math.inf:
         bound -= problem.kappa * (problem.image(theta)[:, :n].abs().amax(dim=1) - 1).clamp(min=0)
     gap = (size - bound.clamp(min=0)).clamp(min=0)
-    return RowReport(size, gap, w[:, :n].abs().sum(dim=1), (w != 0).sum(dim=1), gap < tol * size)
+    norm, support = w[:, :n].abs().sum(dim=1), (w != 0).sum(dim=1)
+    return RowReport(size, gap, norm, support, torch.zeros_like(gap), gap < tol * size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -17,6 +19,20 @@ from ..solution import RowReport, RowSolution
 _LEAST = 2
 
 SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
+
+
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started, by NCCL with GPUs and by Gloo without, unless the script has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def in_batches(
@@ -63,6 +79,6 @@ def _pack(solution: RowSolution) -> Tensor:
 
 def _unpack(packed: Tensor, n: int) -> RowSolution:
     width = packed.shape[1] - len(fields(RowReport))
-    objective, gap, norm, support, converged = packed[:, width:].unbind(dim=1)
-    report = RowReport(objective, gap, norm, support.long(), converged.bool())
+    objective, gap, norm, support, rounding, converged = packed[:, width:].unbind(dim=1)
+    report = RowReport(objective, gap, norm, support.long(), rounding, converged.bool())
     return RowSolution(packed[:, :n], packed[:, n:width], report)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..._checks import wrong
 from ..solution import SIMSolution
 from .admm import ADMMSolver
 from .base import ModelConfig, Progress
+from .distributed import join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class ADMMMultiGPUSolver(ADMMSolver):
         progress: Progress | None = None,
     ) -> SIMSolution:
         device = self._device()
-        _join(device)
+        join(device)
         X_, U_, Z_, Y_ = (states.to(device) for states in (X, U, Z, Y))
         before = None if start is None else start.to(device)
         found = super().fit(X_, U_, Z_, Y_, model_config, intercept=intercept, start=before, progress=progress)
@@ -65,16 +64,3 @@ class ADMMMultiGPUSolver(ADMMSolver):
             got = f"process {local}, gpu_ids={ids}, {count} GPUs"
             raise wrong("ADMMMultiGPUSolver", "a GPU for every process", got, "Start fewer processes with torchrun.")
         return torch.device("cuda", ids[local])
-
-
-def _join(device: torch.device) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -135,7 +135,8 @@ class Affine:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _apply(function.__name__, *args, **(kwargs or {}))
+        # An operation of an exported program has its overload's name behind its own.
+        return _apply(function.__name__.partition(".")[0], *args, **(kwargs or {}))
 
     def become(self, other: Affine) -> Affine:
         """What an operation in place does to a tensor."""

@@ -120,7 +120,8 @@ def mul(input: Value, other: Value) -> Affine:  # noqa: A002
 def div(input: Value, other: Value) -> Affine:  # noqa: A002
     if isinstance(other, Affine):
         raise NoFormError("a quotient by a value that depends on the input is not affine. Leave it out")
-    return mul(input, 1 / other)
+    assert isinstance(input, Affine)
+    return mul(input, 1 / _constant(input, other))
 
 
 def neg(input: Affine) -> Affine:  # noqa: A002
@@ -146,9 +147,14 @@ def batch_norm(
     return add(mul(input, s.reshape(each)), shift.reshape(each))
 
 
+def _constant(value: Affine, constant: Tensor | float) -> Tensor:
+    """In the value's dtype from the start: torch's default dtype would round a number."""
+    return torch.as_tensor(constant, dtype=value.dtype, device=value.device)
+
+
 def _with_constant(value: Affine, constant: Tensor | float) -> tuple[Affine, Tensor]:
     """Both at the shape that they broadcast to, the constant flattened for one sample."""
-    given = torch.as_tensor(constant)
+    given = _constant(value, constant)
     shape = torch.broadcast_shapes(value.shape, given.shape)
     value = _expanded(value, shape)
     return value, value.net.sample(given.expand(shape)).reshape(-1)
