@@ -184,4 +184,4 @@ def sparse(scene: Scene, shares: tuple[float, ...] = SHARES) -> Accuracies:
 if __name__ == "__main__":
     problem = scene()
     whole(problem, "--oracle" in sys.argv)
-    viz.sparsity(sparse(problem), reference=score(problem.net, problem.test), path=FIGURE)
+    viz.sparsity(sparse(problem), of="test", reference=score(problem.net, problem.test), path=FIGURE)

@@ -207,9 +207,12 @@ class _Stage:
         """
         results, rows, live = self.results, self.rows, self.live
         residual = self._residual(fx)
-        if scheduled and spent < self._budget and results.trace is None and self._all_on_their_way(residual, interval):
-            return False
         total = self.before + spent
+        if scheduled and results.trace is None and live.all():
+            if spent < self._budget and self._all_on_their_way(residual, interval):
+                return False
+            if residual.max() <= results.rtol:
+                return self._all_arrived(residual, total)
         if results.trace is not None:
             results.trace[np.minimum(total[live], len(results.trace)) - 1, rows[live]] = residual[live]
         out_of_steps = total >= results.solver.max_steps
@@ -235,13 +238,22 @@ class _Stage:
     def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
         """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
         # An infinite residual fails the second comparison.
-        if not residual.min() > self.results.rtol or not (residual < self.best).all() or not self.live.all():
+        if not residual.min() > self.results.rtol or not (residual < self.best).all():
             return False
         if self.previous is not None:
             slow = self.method.hand_over(residual, self.previous, interval, self.results.rtol)
             if slow is not None and slow.any():
                 return False
         self.best_x, self.best, self.previous = self.x, residual, residual
+        return True
+
+    def _all_arrived(self, residual: np.ndarray, total: np.ndarray) -> bool:
+        """The commonest last look: everybody is done, and nobody's best iterate is an earlier one, which was not."""
+        results, rows = self.results, self.rows
+        results.finish(rows, self.live, self.x, residual)
+        results.converged[rows] = True
+        results.steps[rows] = total
+        self.live = np.zeros_like(self.live)
         return True
 
     def _residual(self, fx: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import ClassVar
 
@@ -197,7 +198,7 @@ class ImplicitModel(Pretrained):
     def _input_term(self, u: Tensor) -> Tensor:
         """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
         b = F.linear(u, self.B, self.b_x)
-        if plain() and not torch.isfinite(b.detach().sum()):
+        if plain() and not isfinite(b.detach().sum()):
             _checks.finite("ImplicitModel", "u", u)
         return b
 

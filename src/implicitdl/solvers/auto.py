@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,14 +50,15 @@ class Auto(Solver):
 
     slow: Solver = field(default_factory=Anderson)
 
-    def stages(self, f: RowMap) -> tuple[Solver, ...]:
+    def stages(self, f: RowMap) -> Iterator[Solver]:
         if Substitution.serves(f):
-            return (Substitution(),)
+            yield Substitution()
+            return
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
+        yield _AitkenWhileFast(overhead=f.check_interval)
         # A method that decides for itself when to look at its iterate has to know the tolerance it is solved to.
-        slow = replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
-        return (_AitkenWhileFast(overhead=f.check_interval), slow)
+        yield replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         raise AssertionError("Auto only chooses; its stages step")

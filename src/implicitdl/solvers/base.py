@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,9 @@ class Solver(ABC):
     def tolerance(self, dtype: torch.dtype) -> float:
         return self.rtol if self.rtol is not None else _DEFAULT_RTOL[dtype]
 
-    def stages(self, f: RowMap) -> tuple[Solver, ...]:
+    def stages(self, f: RowMap) -> Iterator[Solver]:
         """The solvers that a sample goes through; all but the last may hand it over to the next."""
-        return (self,)
+        yield self
 
     def check_interval(self, f: RowMap) -> int:
         """Steps between two looks at the residual."""
