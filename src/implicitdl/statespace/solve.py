@@ -98,7 +98,12 @@ def solve_in_order(
         if component.own is None:
             value = component.activation.phi(z)
         else:
-            start = torch.zeros_like(z) if begin is None else torch.cat([begin[k] for k in component.blocks], 1)
+            # Without a start zero, and the evaluation from there for the price of φ alone.
+            start = (
+                component.activation.phi(z.detach())
+                if begin is None
+                else torch.cat([begin[k] for k in component.blocks], 1)
+            )
             solution = _iterated(component, component.own, z, start, solver, adjoint, on_failure)
             solved.append(solution)
             value = solution.value  # type: ignore[assignment]
