@@ -85,6 +85,13 @@ def test_a_state_that_has_grown_until_any_step_is_within_its_tolerance_is_no_sol
 
 
 @every_solver
+def test_a_solution_far_above_the_start_is_one_however_loose_the_tolerance(solver):
+    loose = replace(solver, rtol=0.1, max_steps=2000)
+    solution = fixed_point(lambda x, u: 0.95 * x + u, torch.zeros(2, 3), torch.rand(2, 3) + 0.1, solver=loose)
+    assert solution.converged.all()
+
+
+@every_solver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_state_that_shrinks_to_zero_has_arrived(solver, dtype):
     solution = fixed_point(lambda x: 0.1 * torch.sin(x), torch.ones(2, 3, dtype=dtype), solver=solver)

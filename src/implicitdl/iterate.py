@@ -259,11 +259,12 @@ class _Stage:
     def _residual(self, fx: Tensor) -> np.ndarray:
         """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; inf where f(x) is not finite.
 
-        A row that has grown until its tolerance exceeds every step it took has shown nothing by being within it, as
-        x + 1 does for large x.  Its residual is 1.  One that vanishes beside its first ‖f(x)‖ goes to 0, where there is
-        nothing to be relative to.  Its residual is relative to that first size.
+        A row that has grown until its tolerance exceeds every step it took, while its steps do not become shorter as
+        far as rounding tells, shows nothing by being within it, as x + 1 does for large x.  Its residual is 1.  One
+        that vanishes beside its first ‖f(x)‖ goes to 0, where there is nothing to be relative to.  Its residual is
+        relative to that first size.
         """
-        x, observed = self.x, getattr(self.f, "observed", None)
+        x, dtype, observed = self.x, fx.dtype, getattr(self.f, "observed", None)
         if fx.requires_grad:
             x, fx = x.detach(), fx.detach()
         if observed is not None:
@@ -290,7 +291,12 @@ class _Stage:
             residual[vanished] = change[vanished] / self.first_size[vanished]
         self.largest = change if self.largest is None else np.maximum(self.largest, change)
         if residual.min() <= results.rtol:
-            outgrown = (size > 2 * self.first_size) & (results.rtol * (size + floor) > self.largest)
+            rounding = 4 * torch.finfo(dtype).eps * size
+            outgrown = (
+                (size > 2 * self.first_size)
+                & (results.rtol * (size + floor) > self.largest)
+                & (change + rounding > 0.5 * self.largest)
+            )
             residual[outgrown] = np.maximum(residual[outgrown], 1)
         return residual
 

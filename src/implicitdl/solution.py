@@ -41,7 +41,7 @@ class Solution:
     Attributes:
         value: the state, (batch, \\*state), or a tuple of such; it carries the gradient.
         residual: (batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of *this* value; inf where f is not finite, and 1 at
-            least where the state has grown until its tolerance exceeds every step it took, which is no solution.
+            least where the state has grown until its tolerance exceeds every step it took, and steps do not shorten.
         steps: (batch,) evaluations of f spent on the sample.
         converged: (batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, that is, whether residual ≤ rtol.
         trace: (checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for.
