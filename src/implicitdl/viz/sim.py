@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Where a gap of zero is drawn: below what a sum over samples in float64 can tell.
 _FLOOR = 1e-18
 _COLOURS = (BLUE, AMBER, RED, INK)
+_STYLES = ("-", "--", "-.", ":")
 _ROUND = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
@@ -97,7 +98,10 @@ def sparsity(
     figure, ax = one_axes(ax, (6.4, 4.2))
     for i, (name, points) in enumerate(curves.items()):
         share, accuracy = 100 * np.array(sorted(points)).T
-        ax.plot(share, accuracy, color=_COLOURS[i % 4], marker="o", markersize=4, linewidth=1.8, label=name)
+        ax.plot(
+            share, accuracy, color=_COLOURS[i % 4], linestyle=_STYLES[i // 4 % 4], marker="o", markersize=4,
+            linewidth=1.8, label=name,
+        )  # fmt: skip
     if reference is not None:
         ax.axhline(100 * reference, color=GREY, linewidth=1, linestyle=":", label="teacher")
     ax.set(xscale="log", xlabel="nonzeros, % of the teacher's", ylabel=f"{of} accuracy (%)".lstrip())
@@ -106,7 +110,8 @@ def sparsity(
     ax.set_xticks([], minor=True)
     plain(ax)
     ax.grid(color=GREY, alpha=0.25, linewidth=0.6)
-    ax.legend(frameon=False, fontsize=9)
+    # Below, where no curve can run through it.
+    ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return written(figure, path)
 
 
