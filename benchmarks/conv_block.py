@@ -6,15 +6,12 @@ sample of the batch reaches the relative tolerance; ours when each sample does.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import resident
 import torch
 from timing import alternate, header
 from torch import Tensor, nn
@@ -99,21 +96,10 @@ def _one_step(name: str) -> None:
     f, u = problem()
     solve = side(name, f)
     step(solve, u)  # what the first convolution allocates for good is nobody's solver
-    gc.collect()
-    if not Path("/proc/self/clear_refs").exists():
-        print(math.nan)
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
-    before = _resident("VmRSS")
+    resident.forget_peak()
+    before = resident.now()
     step(solve, u)
-    print(_resident("VmHWM") - before)
-
-
-def _resident(what: str) -> float:
-    """MiB of this process, now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+    print(resident.peak() - before)
 
 
 def run(rounds: int = 7) -> None:

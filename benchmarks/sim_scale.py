@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
 import warnings
 from itertools import product
 
+import resident
 import torch
 from timing import header
 from torch import Tensor
@@ -64,7 +64,7 @@ def _sparse(rows: int, columns: int, nonzeros: int, size: float, g: torch.Genera
 
 def run(sizes: tuple[tuple[int, int, int], ...] = SIZES) -> None:
     print(f"\nState matching at scale, planted states, {torch.get_num_threads()} threads")
-    header("n", "p", "samples", "λ", "states MiB", "peak before MiB", "peak MiB", "(n + p)² in float64, MiB", "s",
+    header("n", "p", "samples", "λ", "states MiB", "before MiB", "peak MiB", "(n + p)² in float64, MiB", "s",
            "worst relative gap", "wanted", "rows converged", "‖A‖∞", "nonzeros per row")  # fmt: skip
     for (n, p, samples), default in product(sizes, (True, False)):
         lam = ADMMSolver().lambda_z if default else DEVIATIONS * NOISE * math.sqrt(samples)
@@ -80,7 +80,7 @@ def run(sizes: tuple[tuple[int, int, int], ...] = SIZES) -> None:
 
 def _alone(n: int, p: int, samples: int, lam: float) -> dict[str, float]:
     states = planted(n, p, samples)
-    before = _peak()
+    before = resident.now()
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SIMWarning)  # the table says it
@@ -90,19 +90,13 @@ def _alone(n: int, p: int, samples: int, lam: float) -> dict[str, float]:
     return {
         "states": sum(part.nbytes for part in states) / 2**20,
         "before": before,
-        "peak": _peak(),
+        "peak": resident.peak(),
         "seconds": seconds,
         "gap": max(float(part.relative_gap.max()) for part in parts),
         "converged": sum(int(part.converged.sum()) for part in parts),
         "norm": float(found.hidden.norm.max()),
         "support": float(found.hidden.support.double().mean()),
     }
-
-
-def _peak() -> float:
-    """MiB of this process, at most until now."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 if __name__ == "__main__":

@@ -532,7 +532,7 @@ def test_two_processes_solve_the_batches_of_one(monkeypatch):
     seen.clear()
     monkeypatch.setattr(distributed, "_joined", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda packed: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda packed, async_op: None)
     for rank in range(2):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         in_batches(solve, task, None, 500, lambda rows: None)

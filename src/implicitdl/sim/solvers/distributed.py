@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ..solution import RowReport, RowSolution
 _LEAST = 2
 
 SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
+# The solution of all rows, in every process; waits for the others where there are any.
+Collect = Callable[[], RowSolution]
 
 
 def join(device: torch.device) -> None:
@@ -37,11 +40,12 @@ def _leave() -> None:
 
 def in_batches(
     solve: SolveRows, problem: RowProblem, start: RowSolution | None, size: int, moved: Callable[[int], None]
-) -> RowSolution:
+) -> Collect:
     """Solve the rows in batches of at most so many, this process its share of the batches.
 
     Rows are dealt to the batches in turn: neighbours belong to one layer of the teacher and are about equally hard.
     The result depends on the batches only by rounding, and the batches not on whether there are one or two processes.
+    Nobody waits here: where one has the harder rows of one problem, another may have those of the next.
 
     Arguments:
         solve: solves a batch.
@@ -51,7 +55,7 @@ def in_batches(
         moved: told how many more rows are done, by all processes together.
 
     Returns:
-        The solution of all rows, in every process.
+        What gives the solution of all rows.
     """
     rows = problem.shape[0]
     rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
@@ -62,10 +66,16 @@ def in_batches(
     for deal in deals[rank::world]:
         packed[deal] = _pack(solve(problem.take(deal), None if start is None else start.take(deal)))
         moved(len(deal) * world)
-    if world > 1:
-        # Every row is zero in all processes but one.
-        dist.all_reduce(packed)
-    return _unpack(packed, problem.n)
+    # Every row is zero in all processes but one.
+    sum_ = dist.all_reduce(packed, async_op=True) if world > 1 else None
+
+    @cache
+    def collect() -> RowSolution:
+        if sum_ is not None:
+            sum_.wait()
+        return _unpack(packed, problem.n)
+
+    return collect
 
 
 def _joined() -> bool:

@@ -16,6 +16,7 @@ from ..face import Faces
 from ..problem import RowProblem
 from ..solution import RowSolution, SIMSolution
 from .base import ModelConfig, Progress, without_gap
+from .distributed import Collect
 from .elimination import Elimination
 from .rows import RowSolver
 
@@ -92,14 +93,15 @@ class ProjectedGDLowRankSolver(RowSolver):
             raise wrong("ProjectedGDLowRankSolver", f"rank ≤ n={n}", self.rank)
         return self.rank or n
 
-    def _hidden(self, problem: RowProblem, start: RowSolution | None, moved: Callable[[int], None]) -> RowSolution:
+    def _hidden(self, problem: RowProblem, start: RowSolution | None, moved: Callable[[int], None]) -> Collect:
         # R is shared by all rows, so there are no batches, and every process solves the same.
         left = Elimination(problem)
         q = left.q(problem.correlation)
         A = self._descended(left.gram, q, 0.5 * problem.target_square.sum(), problem.kappa)
         w = torch.cat([A, left.b(problem.correlation, A)], dim=1)
         moved(len(w))
-        return RowSolution(A, w[:, problem.n :], without_gap(certify(problem, w, self.tol, move=False)[0]))
+        found = RowSolution(A, w[:, problem.n :], without_gap(certify(problem, w, self.tol, move=False)[0]))
+        return lambda: found
 
     def solve_rows(self, problem: RowProblem, start: RowSolution | None = None) -> RowSolution:
         w = problem.correlation @ problem.faces.inverse

@@ -25,7 +25,7 @@ from .base import (
     warn_unbounded,
     with_intercepts,
 )
-from .distributed import in_batches
+from .distributed import Collect, in_batches
 
 # Few enough that the iterates of all are small beside the Gram matrix, and progress is seen.
 _ROWS = 500
@@ -73,7 +73,7 @@ class RowSolver(BaseSolver):
         """`solve_rows` for rows of (A, B), where the solver treats them differently."""
         return self.solve_rows(problem, start)
 
-    def _hidden(self, problem: RowProblem, start: RowSolution | None, moved: Callable[[int], None]) -> RowSolution:
+    def _hidden(self, problem: RowProblem, start: RowSolution | None, moved: Callable[[int], None]) -> Collect:
         return in_batches(self.solve_hidden, problem, start, self.rows_at_once, moved)
 
     def path(self, problem: RowProblem, lambdas: Iterable[float]) -> Iterator[RowSolution]:
@@ -106,9 +106,10 @@ class RowSolver(BaseSolver):
         (lam, ridge), (lam_y, ridge_y) = self.penalties()
         kappa = config["kappa"] if self.bounded else math.inf
         problem = RowProblem(X=x, U=u, T=z, lam=lam, ridge=ridge, kappa=kappa)
-        hidden = self._hidden(problem, _rows(start, "A", "B", "hidden"), count)
+        collect = self._hidden(problem, _rows(start, "A", "B", "hidden"), count)
         x_mean = None if means is None else means[0]
         if self.regen_states:
+            hidden = collect()
             b_x = None if means is None else means[2] - hidden.a @ means[0] - hidden.b @ means[1]
             states = (regenerated(hidden.a, hidden.b, b_x, U, config),)
             (x,), shifted = centred(states, intercept)
@@ -116,7 +117,9 @@ class RowSolver(BaseSolver):
             problem = RowProblem(X=x, U=u, T=y, lam=lam_y, ridge=ridge_y)
         else:
             problem = problem.other(y, lam=lam_y, ridge=ridge_y, kappa=math.inf)
-        output = in_batches(self.solve_rows, problem, _rows(start, "C", "D", "output"), self.rows_at_once, count)
+        start_rows = _rows(start, "C", "D", "output")
+        output = in_batches(self.solve_rows, problem, start_rows, self.rows_at_once, count)()
+        hidden = collect()
         for name, part in (("(A, B)", hidden), ("(C, D)", output)):
             warn_missed(type(self).__name__, name, part.report, self.tol)
         if not self.bounded:
