@@ -14,7 +14,7 @@ ROOT = Path(implicitdl.__file__).parent
 LAYERS = [
     ["_context"],
     ["_checks"],
-    ["_store", "frozen", "solution"],
+    ["_store", "frozen", "kernels", "solution"],
     ["activations", "resolvent", "rows"],
     ["equilibrium"],
     ["circular", "linearize"],

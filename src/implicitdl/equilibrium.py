@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .activations import RELU, Activation
+from .activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
+from .kernels import sweeps as kernel
+from .kernels.sweeps import Swept
 from .resolvent import bounds, resolvent
 
 
@@ -62,6 +64,12 @@ def check_interval(n: int) -> int:
     return 4 if n <= 128 else 3 if n <= 512 else 1
 
 
+# The activations that the compiled loop knows.
+_COMPILED = {
+    RELU: kernel.RELU, LEAKY_RELU: kernel.LEAKY_RELU, IDENTITY: kernel.IDENTITY, HARDTANH: kernel.HARDTANH,
+}  # fmt: skip
+
+
 class Equilibrium:
     """x ↦ φ(xAᵀ + b), for states in rows.
 
@@ -94,6 +102,11 @@ class Equilibrium:
 
     def take(self, rows: Tensor) -> Equilibrium:
         return Equilibrium(self.A, self.b[rows], self.activation, triangular=self.triangular)
+
+    def sweeps(self, x: Tensor, **settings: Any) -> Swept | None:
+        """Every row iterated from x by the compiled loop, where there is one for this φ and place."""
+        phi = _COMPILED.get(self.activation)
+        return None if phi is None else kernel.sweeps(self.A, self.b, x, phi, None, **settings)
 
     def linearize(self, x: Tensor) -> EquilibriumLinearization:
         return EquilibriumLinearization(self, x)
@@ -186,6 +199,9 @@ class EquilibriumAdjoint:
     def take(self, rows: Tensor) -> EquilibriumAdjoint:
         return EquilibriumAdjoint(self.A, self.slope[rows], self.g[rows], self.triangular)
 
+    def sweeps(self, v: Tensor, **settings: Any) -> Swept | None:
+        return kernel.sweeps(self.A.t(), self.g, v, kernel.SLOPE, self.slope, **settings)
+
     @property
     def b(self) -> Tensor:
         return self.g
@@ -224,6 +240,9 @@ class EquilibriumTangent(EquilibriumAdjoint):
 
     def __call__(self, w: Tensor) -> Tensor:
         return torch.addcmul(self.h, w @ self.A, self.slope)
+
+    def sweeps(self, w: Tensor, **settings: Any) -> None:
+        return None
 
     def take(self, rows: Tensor) -> EquilibriumTangent:
         return EquilibriumTangent(self.A.t(), self.slope[rows], self.h[rows], self.triangular)
@@ -264,6 +283,9 @@ class LowRankEquilibrium(Equilibrium):
     def lift(self, s: Tensor) -> Tensor:
         """x = φ(sLᵀ + b) of the reduced state s = xR."""
         return self.activation.phi(torch.addmm(self.b, s, self.L.t()))
+
+    def sweeps(self, x: Tensor, **settings: Any) -> None:
+        return None
 
     def problem(self) -> ReducedEquilibrium:
         return ReducedEquilibrium(self)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .equilibrium import RowMap
+from .kernels import sweeps as kernel
+from .kernels.sweeps import Swept
 from .solvers.base import Solver
 from .solvers.inverse import InverseEstimate
 
@@ -52,6 +54,11 @@ class Outcome:
     rtol: float
     inverse: InverseEstimate | None = None
 
+    @classmethod
+    def of(cls, swept: Swept, rtol: float) -> Outcome:
+        """That of a compiled loop which has solved every row."""
+        return cls(swept.x, swept.residual, swept.steps, swept.status.view(torch.bool), True, None, rtol)
+
     def of_each(self, samples: int) -> Outcome:
         """The figures of the one row that holds a coupled batch, as those of every sample in it."""
         figures = {name: getattr(self, name).expand(samples) for name in ("residual", "steps", "converged")}
@@ -61,13 +68,21 @@ class Outcome:
 
 def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False, keep_inverse: bool = False) -> Outcome:
     """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate."""
-    results = _Results(f, x, solver, trace, keep_inverse)
     rows = np.arange(x.shape[0])
+    results: _Results | None = None
     with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
         for method in solver.stages(f):
-            x, rows = _Stage(f, x, rows, method, results).run()
+            swept = None if trace or keep_inverse else method.run(f, x)
+            if swept is not None and not swept.unsolved:
+                return Outcome.of(swept, method.tolerance(x.dtype))
+            results = results or _Results(f, x, solver, trace, keep_inverse)
+            if swept is None:
+                x, rows = _Stage(f, x, rows, method, results).run()
+            else:
+                x, rows = results.take_over(x, swept)
             if not rows.size:
                 break
+    assert results is not None, "a solver has a stage"
     return results.outcome()
 
 
@@ -107,6 +122,16 @@ class _Results:
             self._finished.append((rows[ended], None, x.index_select(0, _tensor(ended, x))))
         else:
             self._finished.append((rows[ended], ended, x))
+
+    def take_over(self, x: Tensor, swept: Swept) -> tuple[Tensor, np.ndarray]:
+        """Keep what a compiled loop has solved; the other rows, and where the next stage is to start."""
+        status, rows = swept.status.numpy(), np.arange(len(self.residual))
+        done = status == kernel.DONE
+        self.steps = swept.steps.numpy()
+        self.converged = done
+        if done.any():
+            self.finish(rows, done, swept.x, swept.residual.numpy())
+        return torch.where(_tensor((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
 
     def keep(self, rows: np.ndarray, which: np.ndarray, inverse: InverseEstimate | None) -> None:
         """Store the inverse estimate of those of ``rows`` that ``which`` marks."""

@@ -10,10 +10,18 @@ import numpy as np
 from torch import Tensor
 
 from ..equilibrium import RowMap
+from ..kernels.sweeps import Swept
 from .aitken import Aitken
 from .anderson import Anderson
 from .base import Solver
 from .substitution import Substitution
+
+# The rate a step where acceleration begins to save evaluations on most spectra (THEORY §5.6).
+_FAST = 0.7
+# Of the compiled loop, in which a look costs nothing: sweeps between Aitken steps, and how many more of them, in units
+# of what a step of the next stage costs, a slow sample may take.
+_PERIOD = 3
+_PATIENCE = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +30,19 @@ class _AitkenWhileFast(Aitken):
 
     overhead: int = 1
 
+    def run(self, f: RowMap, x: Tensor) -> Swept | None:
+        sweeps = getattr(f, "sweeps", None)
+        # What is not solved needs an evaluation at least.
+        if sweeps is None or self.max_steps == 1:
+            return None
+        swept: Swept | None = sweeps(
+            x, rtol=self.tolerance(x.dtype), atol=self.atol, budget=self.max_steps - 1, period=_PERIOD, fast=_FAST,
+            patience=_PATIENCE * self.overhead,
+        )  # fmt: skip
+        return swept
+
     def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
-        # 0.7 a step: where acceleration begins to save evaluations on most spectra (THEORY §5.6).
-        slow: np.ndarray = residual > 0.7**steps * previous
+        slow: np.ndarray = residual > _FAST**steps * previous
         if not slow.any():
             return None
         # The rate between the last two looks says how many more steps it takes: rate ** remaining = rtol / residual.
@@ -56,7 +74,9 @@ class Auto(Solver):
             return
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
-        yield _AitkenWhileFast(overhead=f.check_interval)
+        yield _AitkenWhileFast(
+            overhead=f.check_interval, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps
+        )
         # A method that decides for itself when to look at its iterate has to know the tolerance it is solved to.
         yield replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._checks import non_negative, positive_int, wrong
 from ..equilibrium import RowMap
+from ..kernels.sweeps import Swept
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +54,10 @@ class Solver(ABC):
     def stages(self, f: RowMap) -> Iterator[Solver]:
         """The solvers that a sample goes through; all but the last may hand it over to the next."""
         yield self
+
+    def run(self, f: RowMap, x: Tensor) -> Swept | None:
+        """All of its steps at once, where a compiled loop takes them; then only the next stage may find rows left."""
+        return None
 
     def check_interval(self, f: RowMap) -> int:
         """Steps between two looks at the residual."""
