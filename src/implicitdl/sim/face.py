@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Entries of the gathered submatrices at a time: 32 MiB.
-_ENTRIES = 1 << 22
+# Entries of the gathered submatrices at a time: 32 MiB where many at once are quick, 1 MiB where a cache holds them.
+_ENTRIES, _ENTRIES_CPU = 1 << 22, 1 << 17
 # ε/‖G‖: two orders above the rounding of G and of its factors, so that a rank-deficient face has a factor too.
 _SHIFT = 1e-13
 # ‖H‖ε above which H has too few digits: it is 1 or more when G is singular.
@@ -39,14 +39,15 @@ class Faces:
     @cached_property
     def inverse(self) -> Tensor:
         """H."""
-        eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.gram + self.shift * eye))
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(self.shift)
+        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
     @cached_property
     def regular(self) -> bool:
         """Whether ‖H‖ is well below the 1/ε of a singular G; an unknown without data is apart from all others."""
-        known = self.gram.diagonal() > 0
-        return float(torch.linalg.matrix_norm(self.inverse[known][:, known])) * self.shift < _REGULAR
+        rows = torch.linalg.vector_norm(self.inverse, dim=1)[self.gram.diagonal() > 0]
+        return float(torch.linalg.vector_norm(rows)) * self.shift < _REGULAR
 
     @cached_property
     def _padded_inverse(self) -> Tensor:
@@ -65,31 +66,51 @@ class Faces:
             (rows, k, d).
         """
         result = torch.zeros_like(rhs)
-        sizes = support.sum(dim=1)
-        large = sizes > support.shape[1] // 2
+        large = support.sum(dim=1) > support.shape[1] // 2
         if bool(large.any()) and not self.regular:
             large = torch.zeros_like(large)
-        for rows in _alike(sizes, torch.nonzero(~large)[:, 0]):
+        if len(rows := torch.nonzero(~large)[:, 0]) > 0:
             n = None if normal is None else normal[rows]
             result[rows] = _restricted(self._padded, support[rows], rhs[rows], self.shift, n)
-        for rows in _alike(support.shape[1] - sizes, torch.nonzero(large)[:, 0]):
+        if len(rows := torch.nonzero(large)[:, 0]) > 0:
             free = rhs[rows] @ self.inverse
-            multipliers = _restricted(self._padded_inverse, ~support[rows], free, 0.0)
-            result[rows] = torch.where(support[rows].unsqueeze(1), free - multipliers @ self.inverse, 0.0)
+            held = product(_restricted(self._padded_inverse, ~support[rows], free, 0.0), self.inverse)
+            result[rows] = torch.where(support[rows].unsqueeze(1), free - held, 0.0)
         return result
 
 
-def _alike(sizes: Tensor, rows: Tensor) -> list[Tensor]:
-    """Rows in groups of about equal size, so that padding costs little and a group fits in memory."""
-    if len(rows) == 0:
-        return []
-    rows = rows[sizes[rows].argsort()]
-    largest = max(int(sizes[rows[-1]]), 1)
-    return list(rows.split(max(1, _ENTRIES // largest**2)))
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(..., d) @ (d, d) without the columns that no row has: faces of neighbours, and their complements, are alike."""
+    used = torch.nonzero(rows.flatten(0, -2).any(dim=0))[:, 0]
+    if len(used) > len(matrix) // 2:
+        return rows @ matrix
+    return rows[..., used] @ matrix[used]
 
 
 def _restricted(padded: Tensor, chosen: Tensor, rhs: Tensor, shift: float, normal: Tensor | None = None) -> Tensor:
     """(M_JJ + shift)⁻¹ rhs_J for the chosen J of each row, from M with a row and a column of zeros appended."""
+    result = torch.empty_like(rhs)
+    for rows in _alike(chosen.sum(dim=1)):
+        n = None if normal is None else normal[rows]
+        result[rows] = _padded_together(padded, chosen[rows], rhs[rows], shift, n)
+    return result
+
+
+def _alike(sizes: Tensor) -> list[Tensor]:
+    """Rows in groups of about equal size, largest first, so that padding costs little and a group fits in memory."""
+    rows = sizes.argsort(descending=True)
+    largest = sizes[rows].clamp(min=1).tolist()
+    most = _ENTRIES_CPU if rows.device.type == "cpu" else _ENTRIES
+    groups, first = [], 0
+    while first < len(rows):
+        last = first + max(1, most // largest[first] ** 2)
+        groups.append(rows[first:last])
+        first = last
+    return groups
+
+
+def _padded_together(padded: Tensor, chosen: Tensor, rhs: Tensor, shift: float, normal: Tensor | None) -> Tensor:
+    """`_restricted` for rows whose systems are padded to the size of the largest, and factored together."""
     rows, d = chosen.shape
     size = int(chosen.sum(dim=1).max())
     if size == 0:

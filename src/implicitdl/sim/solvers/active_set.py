@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..face import Faces, Rows, newton
+from ..face import Faces, Rows, newton, product
 
 # Of the violators of a row, those within this share of the worst one enter together.
 _SHARE = 0.1
@@ -61,7 +61,8 @@ def _step(faces: Faces, rows: Rows, stuck: Tensor, n: int, lam: float, kappa: fl
     t = torch.minimum(at.amin(dim=1), to_sphere).clamp(max=1.0)
     leaving = crossing & (at <= t.unsqueeze(1))
     landed = to_sphere <= t
-    change, G_change = t.unsqueeze(1) * d, t.unsqueeze(1) * (d @ faces.gram)
+    G_d = product(d, faces.gram)
+    change, G_change = t.unsqueeze(1) * d, t.unsqueeze(1) * G_d
     reach, undecided = 1.0, torch.nonzero(crossing.any(dim=1))[:, 0]
     for _ in range(_TRIALS):
         undecided = undecided[t[undecided] < reach]
@@ -69,8 +70,9 @@ def _step(faces: Faces, rows: Rows, stuck: Tensor, n: int, lam: float, kappa: fl
             break
         part = rows.take(undecided)
         bent = at[undecided] <= reach
-        jump = torch.where(bent, -part.w, reach * d[undecided])
-        G_jump = jump @ faces.gram
+        straight = reach * d[undecided]
+        jump = torch.where(bent, -part.w, straight)
+        G_jump = reach * G_d[undecided] + product(jump - straight, faces.gram)
         size = (part.w + jump)[:, :n].abs().sum(dim=1)
         better = (size <= kappa) & (
             _rise(part, jump, G_jump, lam) < _rise(part, change[undecided], G_change[undecided], lam)

@@ -24,8 +24,9 @@ class Elimination:
         self._n, self._cross = n, G[:n, n:]
         # An input that is always zero has a b of zero.
         self._used = G.diagonal()[n:] > problem.ridge
-        eye = torch.eye(len(G) - n, dtype=G.dtype, device=G.device)
-        self._factor = torch.linalg.cholesky(G[n:, n:] + problem.faces.shift * eye)
+        inputs = G[n:, n:].clone()
+        inputs.diagonal().add_(problem.faces.shift)
+        self._factor = torch.linalg.cholesky(inputs)
         self._K = torch.cholesky_solve(self._cross.t(), self._factor)
         self.gram = G[:n, :n] - self._cross @ self._K
 
