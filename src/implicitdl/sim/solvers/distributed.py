@@ -60,6 +60,8 @@ def in_batches(
     rows = problem.shape[0]
     rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
     count = min(rows, max(world, _LEAST, -(-rows // size)))
+    if world > 1:
+        problem.gram_of_all(rank, world, dist.all_reduce)
     problem.faces  # noqa: B018  made once here, and kept by every batch
     packed = torch.zeros(rows, problem.shape[1] + len(fields(RowReport)), dtype=torch.float64, device=problem.T.device)
     deals = [torch.arange(k, rows, count, device=packed.device) for k in range(count)]
