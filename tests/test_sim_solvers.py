@@ -16,6 +16,7 @@ from implicitdl._checks import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.equilibrium import Equilibrium
 from implicitdl.fixed_point import fixed_point
+from implicitdl.sim import face
 from implicitdl.sim.certificate import cast_inside, certify
 from implicitdl.sim.problem import RowProblem
 from implicitdl.sim.solution import SIMWarning
@@ -30,7 +31,7 @@ from implicitdl.sim.solvers import (
     distributed,
 )
 from implicitdl.sim.solvers.base import warn_unbounded
-from implicitdl.sim.solvers.distributed import in_batches
+from implicitdl.sim.solvers.distributed import in_batches, same_states
 
 INF = math.inf
 
@@ -530,14 +531,51 @@ def test_two_processes_solve_the_batches_of_one(monkeypatch):
     in_batches(solve, task, None, 500, lambda rows: None)
     alone = seen.copy()
     seen.clear()
-    monkeypatch.setattr(distributed, "_joined", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda packed, async_op: None)
     for rank in range(2):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        acting(monkeypatch, rank, 2, lambda packed, async_op: None)
         in_batches(solve, task, None, 500, lambda rows: None)
     assert len(seen) == len(alone) == 2
     assert all(torch.equal(one, two) for one, two in zip(alone, seen, strict=True))
+
+
+def acting(monkeypatch, rank, world, all_reduce):
+    """This process as one of so many."""
+    monkeypatch.setattr(distributed, "_joined", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+
+
+@pytest.mark.parametrize("m", [40, 5000])
+def test_processes_make_the_gram_matrix_of_one(m):
+    alone, shares = problem(m=m, ridge=0.5).gram, []
+    for process in range(3):
+        problem(m=m, ridge=0.5).gram_of_all(process, 3, lambda lower: shares.append(lower.clone()))
+    together = problem(m=m, ridge=0.5)
+    together.gram_of_all(0, 3, lambda lower: lower.copy_(sum(shares)))
+    assert torch.equal(together.gram, alone)
+    phi = torch.cat([together.X, together.U]).double()
+    torch.testing.assert_close(alone, phi @ phi.t() + 0.5 * torch.eye(14, dtype=torch.float64))
+    assert min(int((share != 0).sum()) for share in shares) > 0
+
+
+def test_states_that_differ_between_processes_are_named(monkeypatch):
+    X, U, Z, Y = states()
+    others = []
+    acting(monkeypatch, 0, 2, lambda extremes, op: others.append(extremes.clone()))
+    same_states("Mine", (X, U, Z, Y))
+    acting(monkeypatch, 1, 2, lambda extremes, op: torch.maximum(extremes, others[0], out=extremes))
+    same_states("Mine", (X, U, Z, Y))
+    for U_, Y_, names in ((U.flip(0), Y, "U"), (U, Y + 1e-6, "Y"), (U[:, 1:], Y[:1], "U, Y")):
+        with pytest.raises(ArgumentError, match=f"Mine: expected the same states in every process, got {names} that"):
+            same_states("Mine", (X, U_, Z, Y_))
+
+
+def test_systems_are_solved_alike_alone_and_together(monkeypatch):
+    task = problem(n=20, p=30, m=200, rows=9, lam=0.3)
+    together = ADMMSolver().solve_rows(task)
+    monkeypatch.setattr(face, "_ENTRIES_CPU", 1)
+    torch.testing.assert_close(ADMMSolver().solve_rows(task).w, together.w)
 
 
 def test_shapes_are_checked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -12,12 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..._checks import wrong
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution
 
 # One process makes as many batches as two, so that both find the same, digit for digit: on nearly rank-deficient data
 # rounding, which depends on the batch, decides when a row stops.
 _LEAST = 2
+# Sums of the same states differ by less, relatively, whatever the machine.
+_ROUNDING = 1e-10
 
 SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
 # The solution of all rows, in every process; waits for the others where there are any.
@@ -36,6 +40,29 @@ def join(device: torch.device) -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def same_states(who: str, states: tuple[Tensor, ...]) -> None:
+    """An error, in every process, unless all have the same states up to rounding."""
+    if _place()[1] == 1:
+        return
+    mine = torch.stack([_digest(matrix) for matrix in states])
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, least = extremes[0], -extremes[1]
+    differ = (largest - least > _ROUNDING * largest[:, :1]).any(dim=1)
+    if bool(differ.any()):
+        named = ", ".join(name for name, one in zip("XUZY", differ.tolist(), strict=True) if one)
+        raise wrong(who, "the same states in every process", f"{named} that differ", "Seed what shuffles the samples.")
+
+
+def _digest(matrix: Tensor) -> Tensor:
+    """A size, at least 1, that bounds the rounding of the rest: a sum over all entries, and the shape."""
+    rows, samples = matrix.shape
+    sums = matrix.sum(dim=1, dtype=torch.float64)
+    weights = torch.linspace(1, 2, rows, dtype=torch.float64, device=matrix.device)
+    size = math.sqrt(rows * samples) * (1 + torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    return torch.stack([size, weights @ sums, *size.new_tensor([rows, samples])])
 
 
 def in_batches(
@@ -58,7 +85,7 @@ def in_batches(
         What gives the solution of all rows.
     """
     rows = problem.shape[0]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+    rank, world = _place()
     count = min(rows, max(world, _LEAST, -(-rows // size)))
     if world > 1:
         problem.gram_of_all(rank, world, dist.all_reduce)
@@ -78,6 +105,11 @@ def in_batches(
         return _unpack(packed, problem.n)
 
     return collect
+
+
+def _place() -> tuple[int, int]:
+    """Which process this is, of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
 
 
 def _joined() -> bool:

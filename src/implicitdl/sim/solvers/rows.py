@@ -25,7 +25,7 @@ from .base import (
     warn_unbounded,
     with_intercepts,
 )
-from .distributed import Collect, in_batches
+from .distributed import Collect, in_batches, same_states
 
 # Few enough that the iterates of all are small beside the Gram matrix, and progress is seen.
 _ROWS = 500
@@ -101,6 +101,7 @@ class RowSolver(BaseSolver):
         progress: Progress | None = None,
     ) -> SIMSolution:
         config = checked(type(self).__name__, (X, U, Z, Y), model_config)
+        same_states(type(self).__name__, (X, U, Z, Y))
         (x, u, z, y), means = centred((X, U, Z, Y), intercept)
         count = _Counter(len(Z) + len(Y), progress)
         (lam, ridge), (lam_y, ridge_y) = self.penalties()
