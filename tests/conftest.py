@@ -1,14 +1,23 @@
-"""What all tests share: float64 by default and a fixed seed."""
+"""What all tests share: float64 by default, a fixed seed, and the same examples of hypothesis in every run.
+
+``HYPOTHESIS_PROFILE=search`` looks for new ones; what it finds becomes an ``@example``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from standins import FOLDERS, write_cifar, write_mnist
+
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("search", max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)
