@@ -278,6 +278,16 @@ def test_low_rank_equals_the_dense_product_in_value_and_gradient():
     )
 
 
+def test_low_rank_can_be_unrolled():
+    tensors = [(0.2 * torch.randn(shape)).requires_grad_() for shape in ((12, 3), (12, 3), (5, 12))]
+    f = LowRankEquilibrium(*tensors, TANH)
+    exact, unrolled = (
+        torch.autograd.grad(fixed_point(f, None, adjoint=adjoint).value.sum(), tensors)
+        for adjoint in (ImplicitAdjoint(), Unrolled())
+    )
+    assert all(torch.allclose(one, other, atol=1e-8) for one, other in zip(exact, unrolled, strict=True))
+
+
 def test_triangular_gradients_by_substitution():
     A, b = (2 * torch.randn(6, 6)).requires_grad_(), torch.randn(3, 6, requires_grad=True)
 

@@ -14,11 +14,11 @@ ROOT = Path(implicitdl.__file__).parent
 LAYERS = [
     ["_context"],
     ["_checks"],
-    ["_store", "frozen", "kernels", "solution"],
+    ["_store", "frozen", "indexing", "kernels", "solution", "units"],
     ["activations", "resolvent", "rows"],
     ["equilibrium"],
     ["circular", "linearize"],
-    ["jacobian", "solvers"],
+    ["jacobian", "residual", "solvers"],
     ["iterate"],
     ["adjoints"],
     ["transforms"],

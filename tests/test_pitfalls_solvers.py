@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -73,6 +74,73 @@ def test_a_state_whose_squares_leave_the_range_of_the_dtype_is_solved_like_any_o
     assert all(solution.converged.all() for solution in solutions)
     assert torch.equal(*(solution.steps for solution in solutions))
     assert torch.allclose(solutions[1].value / scale, solutions[0].value)
+
+
+# From the smallest normal numbers to the largest, and where squares, and sums of them, begin to leave the range.
+SCALES = [
+    *product([torch.float32], [1e-36, 1e-25, 1e-22, 1e-19, 1e-12, 1e15, 1e18, 1e19, 1e20, 1e25, 1e36]),
+    *product([torch.float64], [1e-305, 1e-200, 1e-163, 1e-162, 1e-155, 1e-138, 1e150, 1e154, 1e155, 1e160, 1e305]),
+]
+
+
+class TestAStateOfAnyRepresentableScale:
+    """The solver works on it as on ordinary numbers: after as many steps, to the same digits."""
+
+    @staticmethod
+    def check(solver, dtype, scale, build):
+        b = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
+        A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
+        # The first row is an ordinary sample, which must not notice its batch-mate.
+        units = torch.tensor([[1.0], [scale]], dtype=torch.float64)
+        u = (b.double() * units).to(dtype)
+        f, *args = build(A, u)
+        usual, *usual_args = build(A, b)
+        solution = fixed_point(f, torch.zeros_like(b), *args, solver=solver, on_failure="raise")
+        ordinary = fixed_point(usual, torch.zeros_like(b), *usual_args, solver=solver)
+        assert solution.converged.all()
+        tolerance = 20 * solver.tolerance(dtype)
+        assert torch.allclose(solution.value.double() / units, ordinary.value.double(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(solution.value[0], ordinary.value[0])
+        assert solution.steps[0] == ordinary.steps[0]
+        # What an early look in the wrong units may cost, and a memory that began anew.
+        assert solution.steps[1] <= 2 * ordinary.steps[1] + 20
+
+    @every_solver
+    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
+    def test_by_a_function(self, solver, dtype, scale):
+        self.check(solver, dtype, scale, lambda A, b: (lambda x, u: x @ A.t() + u, b))
+
+    @pytest.mark.parametrize("solver", [*SOLVERS, *MONOTONE_SOLVERS], ids=repr)
+    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
+    def test_by_an_equilibrium(self, solver, dtype, scale):
+        self.check(solver, dtype, scale, lambda A, b: (Equilibrium(A, b),))
+
+    @every_solver
+    @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-25), (torch.float64, 1e-163)])
+    def test_with_gradients(self, solver, dtype, scale):
+        u = torch.tensor([[1.0, 2.0], [0.1, 0.3]], dtype=dtype).mul(scale).requires_grad_()
+        x = fixed_point(lambda x, u: torch.tanh(0.7 * x + u), torch.zeros_like(u), u, solver=solver).value
+        x.sum().backward()
+        assert torch.allclose(u.grad, torch.full_like(u, 1 / 0.3), rtol=1e-4)
+
+    def test_with_an_absolute_tolerance_of_its_own_size(self):
+        u = torch.tensor([[1.0, 2.0]], dtype=torch.float64) * 1e-200
+        solutions = [
+            fixed_point(lambda x, u: 0.5 * x + u, 0 * u, u, solver=Picard(rtol=1e-12, atol=atol))
+            for atol in (0.0, 1e-204, 1e-198)
+        ]
+        assert [int(solution.steps) for solution in solutions] == [40, 16, 1]
+
+    def test_a_divergence_returns_the_best_iterate_from_before(self):
+        def f(x):
+            return torch.where(x.abs() > 100, x**2, 1.5 * x + 30)
+
+        x0 = torch.tensor([[40.0]], dtype=torch.float64)
+        solution = fixed_point(f, x0, solver=Picard(), on_failure="ignore")
+        assert not solution.converged.any()
+        measured = (f(solution.value) - solution.value).norm() / f(solution.value).norm()
+        assert torch.allclose(solution.residual, measured.reshape(1))
+        assert float(solution.value) < 1e3
 
 
 @every_solver

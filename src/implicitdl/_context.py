@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 batched_by_autograd: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
+def without_grad() -> AbstractContextManager[Any]:
+    """``torch.no_grad()``, which costs as much as an operation, where gradients are not off already."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open, in which tensors may carry tangents."""
     return forward_ad._current_level >= 0
@@ -28,7 +37,7 @@ def plain() -> bool:
     Elsewhere a tensor stands for many, or for those of later calls: its numbers cannot be looked at to check them or
     to take a shorter way, and a Function must bring more than its backward.
     """
-    return not (torch.compiler.is_compiling() or transformed() or in_forward_mode())
+    return not (transformed() or forward_ad._current_level >= 0 or torch.compiler.is_compiling())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

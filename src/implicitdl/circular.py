@@ -155,8 +155,8 @@ class CircularEquilibrium(Equilibrium):
     def take(self, rows: Tensor) -> CircularEquilibrium:
         return CircularEquilibrium(self.map, self.leave(self.b[rows]), self.activation)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x.flatten(1).to(self.b.dtype)
+    def enter(self, x: Tensor | None) -> Tensor:
+        return (self.after_zero() if x is None else x).flatten(1).to(self.b.dtype)
 
     def leave(self, x: Tensor) -> Tensor:
         return x.view(-1, *self._shape)

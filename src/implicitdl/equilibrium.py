@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +66,8 @@ def check_interval(n: int) -> int:
 
 # The activations that the compiled loop knows.
 _COMPILED = {
-    RELU: kernel.RELU, LEAKY_RELU: kernel.LEAKY_RELU, IDENTITY: kernel.IDENTITY, HARDTANH: kernel.HARDTANH,
+    id(RELU): kernel.RELU, id(LEAKY_RELU): kernel.LEAKY_RELU, id(IDENTITY): kernel.IDENTITY,
+    id(HARDTANH): kernel.HARDTANH,
 }  # fmt: skip
 
 
@@ -89,9 +90,14 @@ class Equilibrium:
 
     def __init__(self, A: Tensor, b: Tensor, activation: Activation = RELU, *, triangular: bool = False) -> None:
         # Under autocast b comes out of a product in the lower precision; A is cast once, not once a sweep.
-        self.A, self.b, self.activation, self.triangular = A.to(b.dtype), b, activation, triangular
+        self.A = A if A.dtype == b.dtype else A.to(b.dtype)
+        self.b, self.activation, self.triangular = b, activation, triangular
         self.check_interval = check_interval(A.shape[0])
-        self._At = self.A.t()
+
+    @property
+    def _At(self) -> Tensor:
+        # Not kept: a view that is made without grad has none later.
+        return self.A.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.activation.phi(torch.addmm(self.b, x, self._At))
@@ -103,13 +109,19 @@ class Equilibrium:
     def take(self, rows: Tensor) -> Equilibrium:
         return Equilibrium(self.A, self.b[rows], self.activation, triangular=self.triangular)
 
-    def sweeps(self, x: Tensor, **settings: Any) -> Swept | None:
+    def sweeps(self, x: Tensor | None, *settings: Any) -> Swept | None:
         """Every row iterated from x by the compiled loop, where there is one for this φ and place."""
-        phi = _COMPILED.get(self.activation)
-        return None if phi is None else kernel.sweeps(self.A, self.b, x, phi, None, **settings)
+        phi = _COMPILED.get(id(self.activation))
+        # A subclass is another map.
+        return (
+            None
+            if phi is None or type(self) is not Equilibrium
+            else kernel.sweeps(self.A, self.b, x, phi, None, *settings)
+        )
 
-    def linearize(self, x: Tensor) -> EquilibriumLinearization:
-        return EquilibriumLinearization(self, x)
+    def linearize(self, x: Tensor, slope: Tensor | None = None) -> EquilibriumLinearization:
+        """At x, where a solve may have left φ' for nothing."""
+        return EquilibriumLinearization(self, x, slope)
 
     def explicit(self) -> Explicit:
         build = partial(Equilibrium, activation=self.activation, triangular=self.triangular)
@@ -119,7 +131,8 @@ class Equilibrium:
         """The map to iterate, with `enter` and `leave` between its state and x."""
         return self
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor | None) -> Tensor | None:
+        """The state that x is; None, which is f(0), may stay what it is."""
         return x
 
     def leave(self, x: Tensor) -> Tensor:
@@ -151,12 +164,17 @@ class Equilibrium:
 class EquilibriumLinearization:
     """φ(xAᵀ + b) at x: J = diag(φ'(z)) A in closed form, in place of autograd products."""
 
-    def __init__(self, f: Equilibrium, x: Tensor) -> None:
-        self._f = f
-        z = torch.addmm(f.b, x, f._At)
-        self.value = f.activation.phi(z)
-        self._z = z.detach()
-        self._slope: Tensor | None = None
+    def __init__(self, f: Equilibrium, x: Tensor, slope: Tensor | None = None) -> None:
+        self._f, self._x, self._slope = f, x, slope
+        # What the value depends on, where `pull` does the work of its graph.
+        self.weights = None if slope is None else (f.A, f.b)
+        if slope is None:
+            z = torch.addmm(f.b, x, f._At)
+            self.value, self._z = f.activation.phi(z), z.detach()
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self._f(self._x)
 
     @property
     def slope(self) -> Tensor:
@@ -164,6 +182,11 @@ class EquilibriumLinearization:
         if self._slope is None:
             self._slope = self._f.activation.dphi(self._z)
         return self._slope
+
+    def pull(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The cotangents of `weights` that a cotangent v of the value at x makes."""
+        w = v * self.slope
+        return w.t() @ x, w
 
     def jacobian(self, rows: Tensor) -> Tensor:
         """J of the samples ``rows``, (len(rows), n, n)."""
@@ -199,11 +222,16 @@ class EquilibriumAdjoint:
     def take(self, rows: Tensor) -> EquilibriumAdjoint:
         return EquilibriumAdjoint(self.A, self.slope[rows], self.g[rows], self.triangular)
 
-    def sweeps(self, v: Tensor, **settings: Any) -> Swept | None:
-        return kernel.sweeps(self.A.t(), self.g, v, kernel.SLOPE, self.slope, **settings)
+    def sweeps(self, v: Tensor | None, *settings: Any) -> Swept | None:
+        if type(self) is not EquilibriumAdjoint:
+            return None
+        return kernel.sweeps(self.A.t(), self.g, v, kernel.SLOPE, self.slope, *settings)
 
     @property
     def b(self) -> Tensor:
+        return self.g
+
+    def after_zero(self) -> Tensor:
         return self.g
 
     def affine(self, y: Tensor) -> Tensor:
@@ -240,9 +268,6 @@ class EquilibriumTangent(EquilibriumAdjoint):
 
     def __call__(self, w: Tensor) -> Tensor:
         return torch.addcmul(self.h, w @ self.A, self.slope)
-
-    def sweeps(self, w: Tensor, **settings: Any) -> None:
-        return None
 
     def take(self, rows: Tensor) -> EquilibriumTangent:
         return EquilibriumTangent(self.A.t(), self.slope[rows], self.h[rows], self.triangular)
@@ -284,13 +309,10 @@ class LowRankEquilibrium(Equilibrium):
         """x = φ(sLᵀ + b) of the reduced state s = xR."""
         return self.activation.phi(torch.addmm(self.b, s, self.L.t()))
 
-    def sweeps(self, x: Tensor, **settings: Any) -> None:
-        return None
-
     def problem(self) -> ReducedEquilibrium:
         return ReducedEquilibrium(self)
 
-    def linearize(self, x: Tensor) -> Any:
+    def linearize(self, x: Tensor, slope: Tensor | None = None) -> Any:
         raise AssertionError("a low-rank equilibrium is solved, and differentiated, in its reduced form")
 
 
@@ -307,8 +329,8 @@ class ReducedEquilibrium:
     def take(self, rows: Tensor) -> ReducedEquilibrium:
         return ReducedEquilibrium(self._f.take(rows))
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x @ self._f.R
+    def enter(self, x: Tensor | None) -> Tensor:
+        return (self._f.after_zero() if x is None else x) @ self._f.R
 
     def leave(self, s: Tensor) -> Tensor:
         return self._f.lift(s)

@@ -20,7 +20,7 @@ from .solvers import Auto, Solver
 
 def fixed_point(
     f: Callable[..., State],
-    x0: State,
+    x0: State | None,
     *args: Tensor,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -45,6 +45,7 @@ def fixed_point(
             training is the exception: the batch is solved as one, and its figures are those of every sample.  Where f
             draws noise, or is a Module with running statistics, a solve draws and updates them once (`Frozen`).
         x0: where to start, (batch, \\*state), or a tuple of such.  The solution's gradient does not depend on it.
+            None starts an `Equilibrium` at f(0).
         args: tensors (batch, ...) that go with the samples.
         solver: how to solve; `Auto()` by default.
         adjoint: how to differentiate; the exact `ImplicitAdjoint()` by default.
@@ -81,11 +82,19 @@ def fixed_point(
     solver = Auto() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     who = f"fixed_point({type(solver).__name__})"
-    _check(who, solver, adjoint, on_failure, x0, args)
+    check_settings(who, solver, adjoint, on_failure)
+    known = f if isinstance(f, Equilibrium) and not args else None
+    if x0 is None and known is not None:
+        b = known.b
+        if b.dim() < 2 or b.numel() == 0 or not b.is_floating_point():
+            raise wrong(who, "b of floating-point rows, (batch ≥ 1, n)", f"{tuple(b.shape)} of {b.dtype}")
+    else:
+        _check(who, x0, args)
     if not plain():
+        x0 = known.after_zero() if x0 is None and known is not None else x0
         return transforms.solve(who, None if args else f, x0, solver, adjoint, on_failure, trace)
-    problem = f.problem() if isinstance(f, Equilibrium) and not args else RowsOf(who, f, x0, args)
-    start = problem.enter(x0)
+    problem = RowsOf(who, f, x0, args) if known is None else known.problem()  # type: ignore[arg-type]
+    start = problem.enter(x0)  # type: ignore[arg-type]
     report = BackwardReport()
     rows, outcome = adjoint.solve(problem, start, solver, on_failure, trace, report)
     if isinstance(problem, RowsOf) and problem.samples is not None:
@@ -133,9 +142,8 @@ class _Descent(nn.Module):
         return x - gx
 
 
-def _check(who: str, solver: Solver, adjoint: Adjoint, on_failure: str, x0: State, args: tuple[Tensor, ...]) -> None:
-    check_settings(who, solver, adjoint, on_failure)
-    parts = x0 if isinstance(x0, tuple) else (x0,)
+def _check(who: str, x0: State | None, args: tuple[Tensor, ...]) -> None:
+    parts: tuple[Any, ...] = x0 if isinstance(x0, tuple) else (x0,)
     for part in parts:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             got: object = part.dtype if isinstance(part, Tensor) else type(part).__name__

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .equilibrium import RowMap
+from .indexing import on_device, put, select
 from .kernels import sweeps as kernel
 from .kernels.sweeps import Swept
+from .residual import Residual
 from .solvers.base import Solver
 from .solvers.inverse import InverseEstimate
+from .units import InUnits, in_units
 
 # Finished samples leave the batch when half of it has; for a map that calls itself cheap, only when the numbers that
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
@@ -28,19 +32,16 @@ _COMPACT_FROM = 1 << 13
 # it says that the tolerance is reached, and after three intervals at most for the sake of the easier ones.
 _USUAL_RATE = 0.4
 _LATEST_FIRST = 3
-# Norms from here on have squares that are neither zero nor without digits.
-_SMALLEST = {
-    np.dtype(kind): float(np.sqrt(np.finfo(kind).tiny)) / np.finfo(kind).eps for kind in (np.float32, np.float64)
-}
 # Iterates up to this many numbers are kept whole for the sake of the samples that ended with them: a reference is free.
 _HOLD_UP_TO = 1 << 18
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Outcome:
     """What the loop found: the best iterate of every sample and its figures, as `Solution` describes them.
 
     Attributes:
+        slope: φ' at x, of an `Equilibrium` that the compiled loop has solved; None otherwise.
         inverse: (I − J)⁻¹ as the solver knew it when each sample finished; None where the solver estimates none, or
             it was not asked for.
     """
@@ -53,11 +54,13 @@ class Outcome:
     trace: Tensor | None
     rtol: float
     inverse: InverseEstimate | None = None
+    slope: Tensor | None = None
 
     @classmethod
-    def of(cls, swept: Swept, rtol: float) -> Outcome:
+    def of(cls, swept: Swept, solver: Solver) -> Outcome:
         """That of a compiled loop which has solved every row."""
-        return cls(swept.x, swept.residual, swept.steps, swept.status.view(torch.bool), True, None, rtol)
+        x, slope, residual, steps, done, _ = swept
+        return cls(x, residual, steps, done, True, None, solver.tolerance(x.dtype), None, slope)
 
     def of_each(self, samples: int) -> Outcome:
         """The figures of the one row that holds a coupled batch, as those of every sample in it."""
@@ -66,24 +69,42 @@ class Outcome:
         return replace(self, **figures, trace=trace)
 
 
-def iterate(f: RowMap, x: Tensor, solver: Solver, *, trace: bool = False, keep_inverse: bool = False) -> Outcome:
-    """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate."""
-    rows = np.arange(x.shape[0])
-    results: _Results | None = None
+def iterate(
+    f: RowMap, x: Tensor | None, solver: Solver, *, trace: bool = False, keep_inverse: bool = False,
+    swept: Swept | None = None,
+) -> Outcome:  # fmt: skip
+    """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate.
+
+    Without an x the start is f(0), of an `Equilibrium` or its adjoint.  ``swept`` is the first stage, if it has been.
+
+    Methods multiply differences with each other.  Samples for which the dtype does not hold such products leave for
+    another round, in units of their own size; every round costs an evaluation, so the budget ends them.
+    """
+    if swept is None and not (trace or keep_inverse):
+        swept = solver.first_stage(f, x)
+    if swept is not None and not swept.unsolved:
+        return Outcome.of(swept, solver)
+    if x is None:
+        x = f.after_zero()  # type: ignore[attr-defined]
+    results = _Results(f, x, solver, trace, keep_inverse)
+    rows, stages = np.arange(x.shape[0]), solver.stages(f)
+    if swept is not None:
+        next(stages)
+        x, rows = results.take_over(x, swept)
+    best_x = x
     with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
-        for method in solver.stages(f):
-            swept = None if trace or keep_inverse else method.run(f, x)
-            if swept is not None and not swept.unsolved:
-                return Outcome.of(swept, method.tolerance(x.dtype))
-            results = results or _Results(f, x, solver, trace, keep_inverse)
-            if swept is None:
-                x, rows = _Stage(f, x, rows, method, results).run()
-            else:
-                x, rows = results.take_over(x, swept)
+        while True:
+            for method in stages:
+                x, best_x, rows = _Stage(f, x, best_x, rows, method, results).run()
+                if not rows.size:
+                    break
+            rows = results.take_outside()
             if not rows.size:
-                break
-    assert results is not None, "a solver has a stage"
-    return results.outcome()
+                return results.outcome()
+            f, x, best_x = in_units(f, x, best_x, rows)
+            # Where it still matters in these units the sample is within it; the loop goes on testing it.
+            solver = replace(solver, atol=0.0) if solver.atol else solver
+            stages = solver.stages(f)
 
 
 class _Results:
@@ -98,6 +119,7 @@ class _Results:
         self.residual = np.full(batch, np.inf)
         self.steps = np.zeros(batch, dtype=np.int64)
         self.converged = np.zeros(batch, dtype=bool)
+        self.outside = np.zeros(batch, dtype=bool)  # whose products the dtype does not hold
         self.first_size: np.ndarray | None = None
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
         # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
@@ -110,6 +132,11 @@ class _Results:
         own = self.solver.tolerance(dtype)
         self.rtol = own if self.precision is None else max(own, self.solver.tolerance(self.precision))
 
+    def take_outside(self) -> np.ndarray:
+        rows = self.outside.nonzero()[0]
+        self.outside[:] = False
+        return rows
+
     def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
         """Store the value and the residual of those of ``rows`` that ``which`` marks."""
         if which.all():
@@ -119,25 +146,25 @@ class _Results:
         ended = which.nonzero()[0]
         self.residual[rows[ended]] = residual[ended]
         if x.numel() > _HOLD_UP_TO:
-            self._finished.append((rows[ended], None, x.index_select(0, _tensor(ended, x))))
+            self._finished.append((rows[ended], None, x.index_select(0, on_device(ended, x))))
         else:
             self._finished.append((rows[ended], ended, x))
 
     def take_over(self, x: Tensor, swept: Swept) -> tuple[Tensor, np.ndarray]:
         """Keep what a compiled loop has solved; the other rows, and where the next stage is to start."""
-        status, rows = swept.status.numpy(), np.arange(len(self.residual))
+        status, rows = swept.status(), np.arange(len(self.residual))
         done = status == kernel.DONE
         self.steps = swept.steps.numpy()
         self.converged = done
         if done.any():
             self.finish(rows, done, swept.x, swept.residual.numpy())
-        return torch.where(_tensor((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
+        return torch.where(on_device((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
 
     def keep(self, rows: np.ndarray, which: np.ndarray, inverse: InverseEstimate | None) -> None:
         """Store the inverse estimate of those of ``rows`` that ``which`` marks."""
         if inverse is not None:
             self._inverses.append(
-                (_tensor(rows[which], inverse.left), inverse.take(_tensor(which.nonzero()[0], inverse.left)))
+                (on_device(rows[which], inverse.left), inverse.take(on_device(which.nonzero()[0], inverse.left)))
             )
 
     def outcome(self) -> Outcome:
@@ -148,11 +175,11 @@ class _Results:
             trace = trace[: max(int(self.steps.max()), 1)]
         return Outcome(
             x=x,
-            residual=_tensor(self.residual.astype(figures), x),
-            steps=_tensor(self.steps, x),
-            converged=_tensor(self.converged, x),
+            residual=on_device(self.residual.astype(figures), x),
+            steps=on_device(self.steps, x),
+            converged=on_device(self.converged, x),
             all_converged=bool(self.converged.all()),
-            trace=None if trace is None else _tensor(trace.astype(figures), x),
+            trace=None if trace is None else on_device(trace.astype(figures), x),
             rtol=self.rtol,
             inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
         )
@@ -165,45 +192,46 @@ class _Results:
             for rows, _, held in earlier:
                 mask = np.zeros((batch, 1), dtype=bool)
                 mask[rows] = True
-                x = torch.where(_tensor(mask, x), held, x)
+                x = torch.where(on_device(mask, x), held, x)
             return x
         place = np.empty(batch, dtype=np.int64)
         offset = 0
         for rows, inside, x in self._finished:
             place[rows] = (np.arange(len(rows)) if inside is None else inside) + offset
             offset += len(x)
-        return torch.cat([x for _, _, x in self._finished]).index_select(0, _tensor(place, x))
+        return torch.cat([x for _, _, x in self._finished]).index_select(0, on_device(place, x))
 
 
 class _Stage:
     """One method at work on some of the rows."""
 
-    def __init__(self, f: RowMap, x: Tensor, rows: np.ndarray, method: Solver, results: _Results) -> None:
+    def __init__(
+        self, f: RowMap, x: Tensor, best_x: Tensor, rows: np.ndarray, method: Solver, results: _Results
+    ) -> None:
         batch = x.shape[0]
         self.f, self.x, self.method, self.results = f, x, method, results
-        self.start = x
+        # For the next stage: where to start, the best iterates so far, and which rows are handed to it.
+        self.start, self.kept = x, best_x
         self.handed = np.zeros(batch, dtype=bool)
         self.rows = np.arange(batch)  # batch index of each row that is evaluated
         self.live = np.zeros(batch, dtype=bool)  # which of them are still being solved
         self.live[rows] = True
         # Row by row: the best iterate so far, its residual, that of the last look, and evaluations of earlier stages.
-        self.best_x, self.best = x, results.residual.copy()
+        self.best_x, self.best = best_x, results.residual.copy()
         self.previous: np.ndarray | None = None
-        # ‖f(x)‖ at the very first look, and the largest ‖f(x) − x‖ at any look of this stage.
-        self.first_size = results.first_size
-        self.largest: np.ndarray | None = None
+        self.residual = Residual(f, results.first_size)
         self.before = results.steps.copy()
-        self._difference: Tensor | None = None
 
-    def run(self) -> tuple[Tensor, np.ndarray]:
-        """The batch's iterates where the next stage should start, and the rows that it should take."""
+    def run(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """The batch's iterates where the next stage should start, its best ones, and the rows that it should take."""
         self._drop_finished()
         method, results = self.method, self.results
         interval = method.check_interval(self.f)
         state = method.init(self.f, self.x)
         fx = method.evaluate(self.f, self.x, state)
         if fx.dtype != self.x.dtype:  # autocast decides the dtype of the state
-            self.x, self.start, self.best_x = (t.to(fx.dtype) for t in (self.x, self.start, self.best_x))
+            held = (self.x, self.start, self.kept, self.best_x)
+            self.x, self.start, self.kept, self.best_x = (tensor.to(fx.dtype) for tensor in held)
         results.set_tolerance(fx.dtype)
         self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
@@ -212,11 +240,11 @@ class _Stage:
             scheduled = sweep >= first and (sweep - first) % interval == 0
             wanted = scheduled or spent >= self._budget or results.trace is not None
             were_live = self.live
-            if wanted and self._look(fx, spent, interval, scheduled):
+            if wanted and self._look(fx, state, spent, interval, scheduled):
                 if results.keep_inverse:
                     results.keep(self.rows, were_live & ~self.live, method.inverse(state))
                 if not self.live.any():
-                    return self.start, self.handed.nonzero()[0]
+                    return self.start, self.kept, self.handed.nonzero()[0]
                 kept = self._drop_finished()
                 if kept is not None:
                     state, fx = method.take(state, kept), fx.index_select(0, kept)
@@ -225,15 +253,15 @@ class _Stage:
             spent += 1 + extra
             sweep += 1
 
-    def _look(self, fx: Tensor, spent: int, interval: int, scheduled: bool) -> bool:
+    def _look(self, fx: Tensor, state: Any, spent: int, interval: int, scheduled: bool) -> bool:
         """Read the residuals and decide which samples are done, out of steps, lost, or better served elsewhere.
 
         Returns whether any sample has left.
         """
         results, rows, live = self.results, self.rows, self.live
-        residual = self._residual(fx)
+        residual = self._residual(fx, state)
         total = self.before + spent
-        if scheduled and results.trace is None and live.all():
+        if scheduled and self.residual.outside is None and results.trace is None and live.all():
             if spent < self._budget and self._all_on_their_way(residual, interval):
                 return False
             if residual.max() <= results.rtol:
@@ -247,14 +275,19 @@ class _Stage:
         self._keep_best(better, residual)
         done = due & (residual <= results.rtol)
         ended = done | (due & (out_of_steps | ~np.isfinite(residual)))
+        if self.residual.outside is not None:
+            outside = self.residual.outside & due & ~ended
+            self._hand_over(outside, outside, fx, results.outside)
         if scheduled:
             if self.previous is not None:
                 slow = self.method.hand_over(residual, self.previous, interval, results.rtol)
                 if slow is not None:
-                    self._hand_over(slow & due & ~ended, better, fx)
+                    # At f(x) where x is the best so far, else at the best.
+                    slow = slow & due & self.live & ~ended
+                    self._hand_over(slow, slow & better, fx, self.handed)
             self.previous = residual
         if ended.any():
-            results.finish(rows, ended, self.best_x, self.best)
+            results.finish(rows, ended, self._in_full(self.best_x), self.best)
             results.converged[rows] |= done
             self.live = self.live & ~ended
         results.steps[rows[due]] = total[due]
@@ -275,54 +308,20 @@ class _Stage:
     def _all_arrived(self, residual: np.ndarray, total: np.ndarray) -> bool:
         """The commonest last look: everybody is done, and nobody's best iterate is an earlier one, which was not."""
         results, rows = self.results, self.rows
-        results.finish(rows, self.live, self.x, residual)
+        results.finish(rows, self.live, self._in_full(self.x), residual)
         results.converged[rows] = True
         results.steps[rows] = total
         self.live = np.zeros_like(self.live)
         return True
 
-    def _residual(self, fx: Tensor) -> np.ndarray:
-        """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; inf where f(x) is not finite.
-
-        A row that has grown until its tolerance exceeds every step it took, while its steps do not become shorter as
-        far as rounding tells, shows nothing by being within it, as x + 1 does for large x.  Its residual is 1.  One
-        that vanishes beside its first ‖f(x)‖ goes to 0, where there is nothing to be relative to.  Its residual is
-        relative to that first size.
-        """
-        x, dtype, observed = self.x, fx.dtype, getattr(self.f, "observed", None)
-        if fx.requires_grad:
-            x, fx = x.detach(), fx.detach()
-        if observed is not None:
-            x, fx = observed(x), observed(fx)
-        if fx.dtype in (torch.bfloat16, torch.float16):
-            x, fx = x.float(), fx.float()
-        size: np.ndarray = torch.linalg.vector_norm(fx, dim=1).cpu().numpy()
-        # On a large state a fresh tensor costs several times the subtraction that fills it.
-        if self._difference is None or self._difference.shape != fx.shape:
-            self._difference = torch.empty_like(fx)
-        torch.sub(fx, x, out=self._difference)
-        change: np.ndarray = torch.linalg.vector_norm(self._difference, dim=1).cpu().numpy()
-        results = self.results
-        floor = results.solver.atol / results.rtol
-        residual: np.ndarray = change / (size + floor if floor else size)
-        extreme: np.ndarray | None = None
-        if not (size.min() > _SMALLEST[size.dtype] and size.max() < np.inf):
-            extreme = ~((size > _SMALLEST[size.dtype]) & (size < np.inf))
-            residual[extreme] = _scaled_residual(_select(x, extreme), _select(fx, extreme), floor)
-        if self.first_size is None:
-            self.first_size = results.first_size = np.where(size < np.inf, size, 0)
-        elif extreme is not None:
-            vanished = np.maximum(size, change) < np.finfo(size.dtype).eps ** 3 * self.first_size
-            residual[vanished] = change[vanished] / self.first_size[vanished]
-        self.largest = change if self.largest is None else np.maximum(self.largest, change)
-        if residual.min() <= results.rtol:
-            rounding = 4 * torch.finfo(dtype).eps * size
-            outgrown = (
-                (size > 2 * self.first_size)
-                & (results.rtol * (size + floor) > self.largest)
-                & (change + rounding > 0.5 * self.largest)
-            )
-            residual[outgrown] = np.maximum(residual[outgrown], 1)
+    def _residual(self, fx: Tensor, state: Any) -> np.ndarray:
+        f, x, results = self.f, self.x, self.results
+        # Of a state that is not what is returned the method knows nothing that counts.
+        plain = not hasattr(f, "observed") and not torch.is_grad_enabled()
+        norms = self.method.norms(x, fx, state) if plain else None
+        residual = self.residual(f, x, fx, norms, results.rtol, results.solver.atol)
+        if results.first_size is None:
+            results.first_size = self.residual.first_size
         return residual
 
     def _keep_best(self, better: np.ndarray, residual: np.ndarray) -> None:
@@ -330,18 +329,21 @@ class _Stage:
         if (better | ~self.live).all():
             self.best_x, self.best = self.x, residual
         elif better.any():
-            self.best_x = _put(self.best_x, better, _select(self.x, better))
+            self.best_x = put(self.best_x, better, select(self.x, better))
             self.best = np.where(better, residual, self.best)
 
-    def _hand_over(self, slow: np.ndarray, better: np.ndarray, fx: Tensor) -> None:
-        """Leave slow samples to the next stage: at f(x) where x is the best so far, else at the best."""
-        if slow.any():
-            ahead = slow & better
-            self.start = _put(self.start, self.rows[slow], _select(self.best_x, slow))
-            self.start = _put(self.start, self.rows[ahead], _select(fx, ahead))
-            self.results.residual[self.rows[slow]] = self.best[slow]
-            self.handed[self.rows[slow]] = True
-            self.live = self.live & ~slow
+    def _in_full(self, x: Tensor) -> Tensor:
+        return self.f.leave(x) if isinstance(self.f, InUnits) else x
+
+    def _hand_over(self, which: np.ndarray, ahead: np.ndarray, fx: Tensor, to: np.ndarray) -> None:
+        """Leave samples to a later stage, marked there, at f(x) or else at the best so far."""
+        if which.any():
+            rows, best_x = self.rows[which], select(self.best_x, which)
+            self.kept = put(self.kept, rows, best_x)
+            self.start = put(put(self.start, rows, best_x), self.rows[ahead], select(fx, ahead))
+            self.results.residual[rows] = self.best[which]
+            to[rows] = True
+            self.live = self.live & ~which
 
     def _drop_finished(self) -> Tensor | None:
         """Shrink the batch to the live rows when it pays; returns their indices if it was done."""
@@ -351,15 +353,14 @@ class _Stage:
             return None
         if self.f.check_interval > 1 and (len(live) - remaining) * self.x.shape[1] < _COMPACT_FROM:
             return None
-        kept = _tensor(live.nonzero()[0], self.x)
+        kept = on_device(live.nonzero()[0], self.x)
         f = self.f.take(kept)
         if f is None:
             return None
         self.f, self.x, self.best_x = f, self.x.index_select(0, kept), self.best_x.index_select(0, kept)
         self.rows, self.best, self.before = self.rows[live], self.best[live], self.before[live]
-        self.previous, self.first_size, self.largest = (
-            None if figures is None else figures[live] for figures in (self.previous, self.first_size, self.largest)
-        )
+        self.previous = None if self.previous is None else self.previous[live]
+        self.residual.take(live)
         self.live = live[live]
         return kept
 
@@ -370,33 +371,3 @@ def _first_look(interval: int, rtol: float) -> int:
         return 1
     intervals = round((log(rtol) / log(_USUAL_RATE) - 1) / interval) if rtol < 1 else 1
     return 1 + interval * min(max(intervals, 1), _LATEST_FIRST)
-
-
-def _tensor(figures: np.ndarray, like: Tensor) -> Tensor:
-    """On the device of ``like``; on the CPU without a copy."""
-    tensor = torch.from_numpy(figures)
-    return tensor if like.device.type == "cpu" else tensor.to(like.device)
-
-
-def _scaled_residual(x: Tensor, fx: Tensor, floor: float) -> np.ndarray:
-    """The residual of rows that are too small or too large to be squared, in units of their largest entry."""
-    x, fx = x.double(), fx.double()
-    unit = torch.maximum(fx.abs(), x.abs()).amax(dim=1, keepdim=True).clamp(min=torch.finfo(fx.dtype).tiny)
-    finite = torch.isfinite(fx).all(dim=1)
-    x, fx = x / unit, fx / unit
-    size = torch.linalg.vector_norm(fx, dim=1) + floor / unit.squeeze(1)
-    change = torch.linalg.vector_norm(fx - x, dim=1)
-    # Where f(x) is 0 and x is not, the next step may well end: only what is not finite is lost.
-    residual = torch.where(change == 0, 0.0, change / size).clamp(max=torch.finfo(torch.float32).max)
-    scaled: np.ndarray = torch.where(finite, residual, torch.inf).cpu().numpy()
-    return scaled
-
-
-def _select(x: Tensor, which: np.ndarray) -> Tensor:
-    return x.index_select(0, _tensor(which.nonzero()[0], x))
-
-
-def _put(base: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
-    """``base`` with some rows, by mask or by number, replaced; a new tensor, since graphs may share the old one."""
-    numbers = rows.nonzero()[0] if rows.dtype == bool else rows
-    return base.index_put((_tensor(numbers, base),), values)

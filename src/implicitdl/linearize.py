@@ -13,10 +13,17 @@ from ._context import autocast_dtype
 from .equilibrium import Linearization, RowMap
 
 
-def linearize(f: RowMap, x: Tensor) -> Linearization | None:
-    """f at x with its graph to the weights: in closed form where f offers it, else by one evaluation under autograd."""
+def linearize(f: RowMap, x: Tensor, slope: Tensor | None = None) -> Linearization | None:
+    """f at x with its graph to the weights: in closed form where f offers it, else by one evaluation under autograd.
+
+    ``slope`` is what the solve already knows of the closed form.
+    """
+    at: Linearization | None
     closed_form = getattr(f, "linearize", None)
-    at: Linearization | None = closed_form(x) if closed_form is not None else _AutogradLinearization.at(f, x)
+    if closed_form is None:
+        at = _AutogradLinearization.at(f, x)
+    else:
+        at = closed_form(x) if slope is None else closed_form(x, slope)
     return at
 
 

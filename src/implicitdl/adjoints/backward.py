@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
-from .._context import has_tangent
+from .._context import has_tangent, without_grad
 from ..equilibrium import Linearization, RowMap
-from ..iterate import iterate
+from ..iterate import Outcome, iterate
 from ..solution import BackwardReport, OnFailure, announce
 from ..solvers import Solver
+from ..solvers.base import precise
 from .cotangents import each, many
 from .guard import FirstOrderOnly
 
@@ -29,8 +30,8 @@ class BackwardSolve:
     on_failure: OnFailure
     trace: bool
     report: BackwardReport
-    # Where to look for v: the first term of its Neumann series, unless something better is known.
-    start: Callable[[Tensor], Tensor] = lambda g: g
+    # Where to look for v, if anywhere but at the first term of its Neumann series.
+    start: Callable[[Tensor], Tensor] | None = None
     # Of a coupled batch, which is solved as one row.
     samples: int | None = None
 
@@ -49,9 +50,18 @@ class BackwardSolve:
                 which, "cotangents without tangents for a solution found outside of forward mode", "dual numbers",
                 "Make the solve inside torch.autograd.forward_ad.dual_level() too.",
             )  # fmt: skip
-        with torch.no_grad():
-            unit, scale = scaled(g)
-            outcome = iterate(problem(unit), self.start(unit), self.solver, trace=self.trace)
+        with without_grad():
+            # The compiled loop has units of its own.
+            scale, start = None, self.start
+            swept = None if self.trace or start else self.solver.first_stage(problem(g), None)
+            if swept is not None and not swept.unsolved:
+                outcome = Outcome.of(swept, self.solver)
+            else:
+                unit, scale = scaled(g)
+                swept = None if swept is None else swept._replace(x=swept.x / scale)
+                outcome = iterate(
+                    problem(unit), start(unit) if start else unit, self.solver, trace=self.trace, swept=swept
+                )
             if self.samples is not None:
                 outcome = outcome.of_each(self.samples)
             report.residual, report.steps = outcome.residual, outcome.steps
@@ -60,13 +70,33 @@ class BackwardSolve:
                 f"{which}({type(self.solver).__name__})", "backward", outcome.residual, outcome.steps,
                 outcome.converged, outcome.all_converged, outcome.rtol, self.solver.max_steps, self.on_failure,
             )  # fmt: skip
-            return outcome.x * scale
+            return outcome.x if scale is None else outcome.x * scale
 
 
 def scaled(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g with largest entries of 1, and their size: squared norms of 1e-23 and less would underflow in float32."""
-    scale = torch.linalg.vector_norm(g, ord=float("inf"), dim=1, keepdim=True).clamp_(min=torch.finfo(g.dtype).tiny)
+    """g with largest entries from 1 to 2, and their unit: squared norms of 1e-23 and less would underflow in float32.
+
+    Powers of two, so that what was found in other units stays the same to the last digit.
+    """
+    largest = torch.linalg.vector_norm(g, ord=float("inf"), dim=1, keepdim=True).to(precise(g.dtype))
+    exponent = torch.frexp(largest).exponent - 1
+    scale = torch.ldexp(torch.ones_like(largest), exponent).to(g.dtype)
     return g / scale, scale
+
+
+def depends_on_weights(at: Linearization) -> bool:
+    """Whether there is anybody to send a gradient to."""
+    weights = getattr(at, "weights", None)
+    return at.value.requires_grad if weights is None else any(weight.requires_grad for weight in weights)
+
+
+def attached(at: Linearization, x: Tensor, backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """The solution with its first derivative, by the graph of f(x*) or by what stands for it in closed form."""
+    weights = getattr(at, "weights", None)
+    solution: Tensor = (
+        Attach.apply(at.value, x, backward) if weights is None else AttachInClosedForm.apply(at, x, backward, *weights)
+    )
+    return solution
 
 
 class Attach(torch.autograd.Function):
@@ -81,6 +111,21 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return first_order(ctx, g), None, None
+
+
+class AttachInClosedForm(torch.autograd.Function):
+    """The same where f knows the cotangents of its weights without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Any, x: Tensor, backward: Callable[[Tensor], Tensor], *weights: Tensor) -> Tensor:
+        ctx.at, ctx.solve = at, backward
+        ctx.save_for_backward(*weights, x)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        *_, x = ctx.saved_tensors
+        return None, None, None, *ctx.at.pull(x, first_order(ctx, g))
 
 
 def first_order(ctx: Any, g: Tensor) -> Tensor:

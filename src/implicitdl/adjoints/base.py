@@ -17,6 +17,6 @@ class Adjoint(ABC):
 
     @abstractmethod
     def solve(
-        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
         """The solution, (batch, d), with its graph, and the figures of the forward solve."""

@@ -14,7 +14,7 @@ from ..iterate import Outcome, iterate
 from ..linearize import linearize
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Auto, Solver
-from .backward import Attach, BackwardSolve
+from .backward import BackwardSolve, attached, depends_on_weights
 from .base import Adjoint
 from .second_order import second_order
 
@@ -50,17 +50,17 @@ class ImplicitAdjoint(Adjoint):
             raise wrong("ImplicitAdjoint", "order to be 1 or 2", repr(self.order))
 
     def solve(
-        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = iterate(f, x0, solver, trace=trace)
         if not torch.is_grad_enabled():
             return outcome.x, outcome
-        at = linearize(f, outcome.x)
-        if at is None or not at.value.requires_grad:
+        at = linearize(f, outcome.x, outcome.slope)
+        if at is None or not depends_on_weights(at):
             return outcome.x, outcome
         samples = getattr(f, "samples", None)
         backward = BackwardSolve(at, self.solver, on_failure, trace, report, samples=samples)
         if self.order == 1:
-            return Attach.apply(at.value, outcome.x, backward), outcome
+            return attached(at, outcome.x, backward), outcome
         return second_order(f, at.value, outcome.x, backward), outcome

@@ -40,7 +40,7 @@ class PhantomGradient(Adjoint):
         check_damping("PhantomGradient", self.damping)
 
     def solve(
-        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = iterate(f, x0, solver, trace=trace)

@@ -14,7 +14,7 @@ from ..linearize import linearize
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.inverse import InverseEstimate
-from .backward import Attach, BackwardSolve, scaled
+from .backward import BackwardSolve, attached, depends_on_weights, scaled
 from .base import Adjoint
 
 
@@ -58,7 +58,7 @@ class SHINE(Adjoint):
             raise wrong("SHINE", "refine to be a Solver", repr(self.refine), "Pass Anderson(max_steps=5), or None.")
 
     def solve(
-        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
         if not torch.is_grad_enabled():
             return (outcome := iterate(f, x0, solver, trace=trace)).x, outcome
@@ -70,14 +70,14 @@ class SHINE(Adjoint):
                 "Use solver=Broyden(), or another adjoint.",
             )  # fmt: skip
         at = linearize(f, outcome.x)
-        if at is None or not at.value.requires_grad:
+        if at is None or not depends_on_weights(at):
             return outcome.x, outcome
         estimate = _Estimate(outcome.inverse, self.fallback)
         if self.refine is None:
-            return Attach.apply(at.value, outcome.x, estimate), outcome
+            return attached(at, outcome.x, estimate), outcome
         samples = getattr(f, "samples", None)
         backward = BackwardSolve(at, self.refine, "ignore", trace, report, start=estimate, samples=samples)
-        return Attach.apply(at.value, outcome.x, backward), outcome
+        return attached(at, outcome.x, backward), outcome
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Unrolled(Adjoint):
     checkpoint: bool = False
 
     def solve(
-        self, f: RowMap, x0: Tensor, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
         if getattr(f, "triangular", False) and torch.is_grad_enabled():
             raise wrong(

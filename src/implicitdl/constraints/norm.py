@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._context import outside_graphs, plain, transformed
+from .._context import batched_by_autograd, outside_graphs, plain, transformed
+from ..kernels import rows as kernel
 from .base import Constraint
 
 
@@ -102,22 +103,31 @@ class _ScaleRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, radius: float) -> Tensor:
-        # Clamped after the division: r/r need not be 1 in floating point, and 1 is how a row inside is known.
-        scale = (radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True)).clamp_(max=1.0)
+        scaled, scale = kernel.scale_rows(v, radius) or _scale_rows(v, radius)
         ctx.save_for_backward(v, scale)
         ctx.radius = radius
-        return v * scale
+        return scaled
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
         # operations of v, s included, when a second derivative is to be taken.
         v, scale = ctx.saved_tensors
+        if plain() and not torch.is_grad_enabled() and not batched_by_autograd(g):
+            product = kernel.scale_rows_vjp(v, scale, g, ctx.radius)
+            if product is not None:
+                return product, None
         inside = scale == 1
         if torch.is_grad_enabled():
             scale = row_scale(v, ctx.radius)
         along = ((v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)).masked_fill(inside, 0.0)
         return torch.addcmul(g * scale, v.sign(), along, value=-1), None
+
+
+def _scale_rows(v: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    # Clamped after the division: r/r need not be 1 in floating point, and 1 is how a row inside is known.
+    scale = (radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True)).clamp_(max=1.0)
+    return v * scale, scale
 
 
 def project_l1(v: Tensor, radius: float) -> Tensor:

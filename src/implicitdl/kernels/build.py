@@ -14,12 +14,45 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
 _REAL = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
-# Without OpenMP the loop is still worth having, in one thread; Apple's compiler comes without.
-_THREADING = (["-fopenmp"], [])
+_DENSE = (Tensor, nn.Parameter)
+# The best first.  Apple's compiler comes without OpenMP, and some compilers know no native processor.
+_OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+
+# Fewer products are made before a second thread has woken up.
+_WORTH_A_THREAD = 1 << 16
+
+
+def threads(work: int) -> int:
+    """How many are worth having for so many multiplications, of those that torch may use."""
+    return 1 if _forked else min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD))
+
+
+# Threads do not outlive a fork, but OpenMP would wait for them for ever.
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def reachable(*tensors: Tensor) -> bool:
+    """Whether all numbers lie in this machine's memory, in one precision, and nobody listens to what is done."""
+    dtype = tensors[0].dtype
+    # A tracer and a mode of dispatch see torch's operations only, and would take the results for constants.
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    for x in tensors:
+        # The imaginary part of a conjugate has the other sign in memory.
+        if not (x.is_cpu and x.dtype is dtype and type(x) in _DENSE and x.layout is torch.strided) or x.is_neg():
+            return False
+    return True
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
@@ -30,40 +63,49 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """
     if os.environ.get("IMPLICITDL_KERNELS") == "0" or dtype not in _REAL:
         return None
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = (os.environ.get("CC") or "cc").split()
+    if not compiler or shutil.which(compiler[0]) is None:
         log.info("%s: no C compiler was found; torch's operations are used", name)
         return None
-    source = Path(__file__).with_name(f"{name}.c").read_text(encoding="utf-8")
-    for threading in _THREADING:
-        real, integer = _REAL[dtype]
-        flags = ["-O3", "-march=native", "-fPIC", "-shared", *threading, f"-DREAL={real}", f"-DINT={integer}"]
+    source = Path(__file__).with_name(f"{name}.c")
+    real, integer = _REAL[dtype]
+    always = ["-std=gnu11", "-O3", "-fPIC", "-shared", f"-DREAL={real}", f"-DINT={integer}"]
+    for optional in _OPTIONAL:
         try:
-            return ctypes.CDLL(str(_compiled(source, [compiler, *flags])))
+            return ctypes.CDLL(str(_compiled(source, [*compiler, *always, *optional])))
         except (OSError, subprocess.CalledProcessError) as error:
             log.info("%s was not compiled: %s", name, getattr(error, "stderr", None) or error)
     return None
 
 
-def _compiled(source: str, command: list[str]) -> Path:
-    """The library of this source, command and machine, from the user's cache or new."""
-    key = hashlib.sha256("\0".join([source, *command, _processor()]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicitdl"
+def _compiled(source: Path, command: list[str]) -> Path:
+    """The library of this source, command and machine, from the user's cache or new.
+
+    Its name holds a digest of what it was written with: to load half a file ends the process with a bus error.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in (source, source.with_name("vectors.h"))]
+    key = _digest("\0".join([*texts, shutil.which(command[0]) or "", *command, _processor()]).encode())
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicitdl"
         folder.mkdir(parents=True, exist_ok=True)
-        found = folder / f"{key}.so"
-        if found.exists():
-            return found
+        for found in folder.glob(f"{key}-*.so"):
+            if found.stem == f"{key}-{_digest(found.read_bytes())}":
+                return found
         scratch = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:  # a home that cannot be written: once a process, and gone with it
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: once a process, and gone with it
         folder = _private_folder()
-        found, scratch = folder / f"{key}.so", tempfile.TemporaryDirectory(dir=folder)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
     with scratch as name:
-        text, output = Path(name, "kernel.c"), Path(name, "kernel.so")
-        text.write_text(source, encoding="utf-8")
-        subprocess.run([*command, str(text), "-o", str(output), "-lm"], check=True, capture_output=True, text=True)
-        os.replace(output, found)  # whole, or not at all, when two processes compile at once
-    return found
+        output = Path(name, "kernel.so")
+        to_link = [str(source), "-o", str(output), "-lm"]
+        subprocess.run([*command, *to_link], check=True, capture_output=True, text=True, errors="replace")
+        compiled = folder / f"{key}-{_digest(output.read_bytes())}.so"
+        os.replace(output, compiled)  # whole, or not at all, when two processes compile at once
+    return compiled
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 @functools.cache

@@ -3,57 +3,42 @@
    A sweep of a small model takes ten microseconds, and an operation of torch's beside it half as long.  Here a sweep is
    a matrix product with the rest of the step behind it, while the row is in cache.  Rows are dealt to the threads in
    chunks; one that is done leaves its chunk, and the chunk's last row takes its place.  What is computed for a row
-   depends on nothing but the row.
+   depends on nothing but the row. */
 
-   Compiled once for each REAL; INT is the integer of its size. */
-
-#include <float.h>
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
 /* A product keeps ROWS × WIDE vectors of sums in registers, beside WIDE of A: 27 of 32, or 15 of 16. */
-#if defined(__AVX512F__)
-enum { BYTES = 64, ROWS = 8 };
-#elif defined(__AVX__)
-enum { BYTES = 32, ROWS = 4 };
-#else
-enum { BYTES = 16, ROWS = 4 };
-#endif
-enum { LANES = BYTES / sizeof(REAL), WIDE = 3, CHUNK = 32 };
-
-typedef REAL Vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
-typedef INT Mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
-#define AT(p) (*(Vector *)(p))
+enum { ROWS = BYTES == 64 ? 8 : 4, WIDE = 3, CHUNK = 32 };
 
 enum Phi { RELU, LEAKY_RELU, IDENTITY, HARDTANH, SLOPE };
 /* What became of a row: too slow to go on with, done, or with numbers that this loop does not judge. */
 enum Status { SLOW, DONE, STRANGE, GOES_ON };
 
 typedef struct {
+    double rtol, atol, smallest, longest; /* smallest norm to judge, longest Aitken step */
+    double fast;                          /* what a period leaves of the residual of rows that are never slow */
+    int32_t budget, period, patience;     /* most evaluations; of an Aitken step; sweeps that a slow row may take */
+} Settings;
+
+typedef struct {
     ptrdiff_t n, batch, row, column;  /* a_ij is at A[i * row + j * column] */
-    const REAL *A, *b, *x0, *slope;   /* (batch, n); slope φ' only for v ← b + (v ∘ φ')Aᵀ */
-    REAL *packed;                     /* room for n × n, n rounded up to whole vectors */
-    REAL *x, *z, *residual;           /* the last iterate (after a slow one, f of it), xAᵀ + b, the residual at x */
+    const REAL *A, *b, *x0;           /* b, x0: (batch, n); where x0 is NULL, the start is f(0) */
+    const REAL *slope;                /* (batch, n), of x ← b + (x ∘ slope)Aᵀ, which is linear in b: see `load` */
+    REAL *x, *slope_at, *residual;    /* the last iterate (f of it, if slow); φ' there, if wanted; its residual */
     int64_t *steps;                   /* evaluations of f */
     uint8_t *status;
-    double rtol, atol, smallest, longest, fast;
-    int32_t phi, budget, period, patience, threads;
+    const Settings *set;
+    int32_t phi, threads;
 } Problem;
 
 typedef struct {
     ptrdiff_t id;
-    double first_size, largest, best, previous;
+    REAL unit;
+    double first_size, largest, best, previous, residual;
 } Row;
 
 /* The vectors of the rows of a chunk, which move together; INNER is what is multiplied by A. */
 enum { X, Z, B, BEFORE, SLOPES, INNER, PARTS };
-
-static inline Vector choose(Mask which, Vector yes, Vector no) {
-    return (Vector)(((Mask)yes & which) | ((Mask)no & ~which));
-}
 
 /* Comparisons are such that NaN stays NaN. */
 static inline Vector activate(int phi, Vector z) {
@@ -66,20 +51,24 @@ static inline Vector activate(int phi, Vector z) {
     }
 }
 
-static double sum(Vector v) {
-    double total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+static inline Vector slope_of(int phi, Vector z) {
+    Vector zero = {0}, one = zero + 1;
+    switch (phi) {
+    case RELU: return choose(z > 0, one, zero);
+    case LEAKY_RELU: return choose(z > 0, one, zero + (REAL)0.01);
+    case HARDTANH: return choose((z > -1) & (z < 1), one, zero);
+    default: return one;
+    }
 }
 
 /* How many of the vectors that are left the next panel of A has: three, but never one where two and two do. */
 static ptrdiff_t panel_width(ptrdiff_t left) { return left == 4 ? 2 : left < WIDE ? left : WIDE; }
 
-/* The v-th vector of columns of Aᵀ, where `sweep` reads it; zeros beyond n.  In blocks, since one side has strides. */
-static void pack(const Problem *p, ptrdiff_t v, ptrdiff_t vectors) {
+/* The v-th vector of columns of Aᵀ, where `sweep` reads it; zeros beyond n. */
+static void pack(const Problem *p, REAL *packed, ptrdiff_t v, ptrdiff_t vectors) {
     ptrdiff_t first = 0, width = panel_width(vectors), n = p->n;
     while (v >= first + width) first += width, width = panel_width(vectors - first);
-    REAL *to = p->packed + (first * n + v - first) * LANES;
+    REAL *to = packed + (first * n + v - first) * LANES;
     ptrdiff_t full = n - v * LANES < LANES ? n - v * LANES : LANES;
     for (ptrdiff_t j = 0; j < n; j++) {
         const REAL *from = p->A + v * LANES * p->row + j * p->column;
@@ -117,8 +106,8 @@ PANEL(2)
 PANEL(3)
 
 /* z = b + xAᵀ for the first rows of a chunk; panels outside, so that one is read while it is in cache. */
-static void sweep(const Problem *p, REAL *const part[PARTS], ptrdiff_t stride, ptrdiff_t rows) {
-    const REAL *panel = p->packed;
+static void sweep(const Problem *p, const REAL *packed, REAL *const part[PARTS], ptrdiff_t stride, ptrdiff_t rows) {
+    const REAL *panel = packed;
     ptrdiff_t width, at = 0;
     for (ptrdiff_t left = stride / LANES; left; left -= width, at += width * LANES) {
         width = panel_width(left);
@@ -129,17 +118,15 @@ static void sweep(const Problem *p, REAL *const part[PARTS], ptrdiff_t stride, p
 }
 
 /* Whether it takes too long from here: the rate of a whole period says how many sweeps are left. */
-static int is_slow(const Problem *p, double residual, double previous, int left) {
-    if (residual <= pow(p->fast, p->period) * previous) return 0;
+static int is_slow(const Settings *p, double residual, double previous, int left) {
+    if (residual <= p->fast * previous) return 0;
     double remaining = p->period * log(p->rtol / residual) / log(residual / previous);
     return !(remaining >= 0 && remaining <= (p->patience < left ? p->patience : left));
 }
 
 /* What becomes of a row after evaluation k, from ‖f(x)‖ and ‖f(x) − x‖; `iterate.py` has the reasons. */
-static int judge(const Problem *p, Row *row, double size, double change, int k) {
-    double floor = p->atol / p->rtol, residual = change / (size + floor);
-    p->steps[row->id] = k;
-    p->residual[row->id] = (REAL)residual;
+static int judge(const Settings *p, Row *row, double size, double change, int k) {
+    double floor = p->atol / p->rtol, residual = row->residual = change / (size + floor);
     if (!(size > p->smallest && size < DBL_MAX && change < DBL_MAX)) return STRANGE;
     if (k == 1) row->first_size = size;
     row->largest = fmax(row->largest, change);
@@ -162,20 +149,33 @@ static int judge(const Problem *p, Row *row, double size, double change, int k) 
 
 static void put(REAL *to, const REAL *from, ptrdiff_t n) { memcpy(to, from, n * sizeof(REAL)); }
 
-static int is_zero(Vector v) {
-    for (int i = 0; i < LANES; i++)
-        if (v[i] != 0) return 0;
+/* x and what else is asked for at it. */
+static void store(const Problem *p, const Row *row, const REAL *x, const REAL *z) {
+    REAL *to = p->x + row->id * p->n;
+    put(to, x, p->n);
+    if (row->unit != 1)
+        for (ptrdiff_t i = 0; i < p->n; i++) to[i] *= row->unit;
+    if (!p->slope_at) return;
+    for (ptrdiff_t i = 0; i < p->n; i += LANES) {
+        Vector s = slope_of(p->phi, AT(z + i));
+        put(p->slope_at + row->id * p->n + i, (REAL *)&s, p->n - i < LANES ? p->n - i : LANES);
+    }
+}
+
+/* Whether x and f(x) are 0 in every entry, and not only in the square of their norm. */
+static int is_zero(const Problem *p, const REAL *x, const REAL *z) {
+    for (ptrdiff_t i = 0; i < p->n; i++)
+        if (x[i] != 0 || activate(p->phi, (Vector){z[i]})[0] != 0) return 0;
     return 1;
 }
 
 /* Evaluation k of a row, of which z has just been computed: look, and step or store. */
 static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at, ptrdiff_t stride, int k) {
     REAL *x = part[X] + at, *z = part[Z] + at, *before = part[BEFORE] + at;
-    int remember = k % p->period == p->period - 1, extrapolate = k % p->period == 0, zero = 1;
+    int period = p->set->period, remember = k % period == period - 1, extrapolate = k % period == 0;
     Vector size = {0}, change = {0}, dd = {0}, dr = {0};
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
         Vector fx = activate(p->phi, AT(z + i)), r = fx - AT(x + i);
-        zero = zero && is_zero(fx) && is_zero(r);
         size += fx * fx;
         change += r * r;
         if (extrapolate) {
@@ -185,57 +185,72 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
         }
         if (remember) AT(before + i) = r;
     }
-    int status = judge(p, row, sqrt(sum(size)), sqrt(sum(change)), k);
-    if (zero) status = DONE, p->residual[row->id] = 0;
-    if (status == DONE || status == STRANGE) {
-        put(p->x + row->id * p->n, x, p->n);
-        put(p->z + row->id * p->n, z, p->n);
-        return status;
-    }
+    double fx2 = sum(size);
+    int status = judge(p->set, row, sqrt(fx2), sqrt(sum(change)), k);
+    if (fx2 == 0 && is_zero(p, x, z)) status = DONE, row->residual = 0;
+    if (status == DONE) store(p, row, x, z);
+    if (status == DONE || status == STRANGE) return status;
     double gamma = 0;
     if (extrapolate && status == GOES_ON && sum(dd) > 0)
         /* A residual that all but repeats itself differs by rounding: half the digits' worth is the longest step. */
-        gamma = fmin(fmax(sum(dr) / sum(dd), -p->longest), p->longest);
+        gamma = fmin(fmax(sum(dr) / sum(dd), -p->set->longest), p->set->longest);
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
         Vector fx = activate(p->phi, AT(z + i));
         AT(x + i) = fx - (REAL)gamma * (fx - AT(x + i));
         if (p->phi == SLOPE) AT(part[INNER] + at + i) = AT(x + i) * AT(part[SLOPES] + at + i);
     }
-    if (status == SLOW) put(p->x + row->id * p->n, x, p->n);
+    if (status == SLOW) store(p, row, x, z);
     return status;
 }
 
-static void load(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at) {
+/* A linear row is solved in units of a power of two near its largest entry: cotangents of 1e-23 have squares of 0. */
+static REAL unit_of(const REAL *b, ptrdiff_t n) {
+    int exponent, most = sizeof(REAL) == 4 ? 120 : 1000;
+    REAL largest = 0;
+    for (ptrdiff_t i = 0; i < n; i++) largest = fabs(b[i]) > largest ? fabs(b[i]) : largest;
+    if (!(largest > 0 && largest < INFINITY)) return 1;
+    frexp(largest, &exponent);
+    return ldexp(1, exponent < -most ? -most : exponent > most ? most : exponent);
+}
+
+static void load(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at, ptrdiff_t stride) {
     ptrdiff_t from = row->id * p->n;
-    put(part[X] + at, p->x0 + from, p->n);
-    put(part[B] + at, p->b + from, p->n);
-    if (p->phi == SLOPE) {
-        put(part[SLOPES] + at, p->slope + from, p->n);
-        for (ptrdiff_t i = 0; i < p->n; i++) part[INNER][at + i] = p->x0[from + i] * p->slope[from + i];
-    }
-    row->best = DBL_MAX;
-    row->largest = 0;
+    *row = (Row){.id = row->id, .unit = p->phi == SLOPE ? unit_of(p->b + from, p->n) : 1, .best = DBL_MAX};
+    for (ptrdiff_t i = p->n; i < stride; i++) part[X][at + i] = part[B][at + i] = part[SLOPES][at + i] = 0;
+    for (ptrdiff_t i = 0; i < p->n; i++) part[B][at + i] = p->b[from + i] / row->unit;
+    if (p->x0)
+        for (ptrdiff_t i = 0; i < p->n; i++) part[X][at + i] = p->x0[from + i] / row->unit;
+    else
+        for (ptrdiff_t i = 0; i < stride; i += LANES) AT(part[X] + at + i) = activate(p->phi, AT(part[B] + at + i));
+    if (p->phi != SLOPE) return;
+    put(part[SLOPES] + at, p->slope + from, p->n);
+    for (ptrdiff_t i = 0; i < stride; i++) part[INNER][at + i] = part[X][at + i] * part[SLOPES][at + i];
 }
 
 /* All steps of the rows from ``start`` on, in memory for ``room`` of them.  Returns how many were not solved. */
-static int solve_chunk(const Problem *p, REAL *memory, ptrdiff_t room, ptrdiff_t stride, ptrdiff_t start) {
+static int solve_chunk(
+    const Problem *p, const REAL *packed, REAL *memory, ptrdiff_t room, ptrdiff_t stride, ptrdiff_t start) {
     Row rows[CHUNK];
     REAL *part[PARTS];
     ptrdiff_t live = p->batch - start < room ? p->batch - start : room;
     int unsolved = 0;
-    memset(memory, 0, PARTS * room * stride * sizeof(REAL));
     for (int i = 0; i < PARTS; i++) part[i] = memory + i * room * stride;
     if (p->phi != SLOPE) part[INNER] = part[X];
-    for (ptrdiff_t r = 0; r < live; r++) rows[r].id = start + r, load(p, &rows[r], part, r * stride);
+    for (ptrdiff_t r = 0; r < live; r++) rows[r].id = start + r, load(p, &rows[r], part, r * stride, stride);
+    /* A product takes several rows at once, those behind the last one too. */
+    memset(part[INNER] + live * stride, 0, (room - live) * stride * sizeof(REAL));
+    memset(part[B] + live * stride, 0, (room - live) * stride * sizeof(REAL));
     for (int k = 1; live; k++) {
-        sweep(p, part, stride, live);
+        sweep(p, packed, part, stride, live);
         for (ptrdiff_t r = 0; r < live;) {
             int status = finish_step(p, &rows[r], part, r * stride, stride, k);
             if (status == GOES_ON) {
                 r++;
                 continue;
             }
+            p->steps[rows[r].id] = k;
             p->status[rows[r].id] = status;
+            p->residual[rows[r].id] = rows[r].residual;
             unsolved += status != DONE;
             if (r == --live) break;
             rows[r] = rows[live];
@@ -249,20 +264,23 @@ static int solve_chunk(const Problem *p, REAL *memory, ptrdiff_t room, ptrdiff_t
 int64_t solve(const Problem *p) {
     ptrdiff_t vectors = (p->n + LANES - 1) / LANES, stride = vectors * LANES;
     ptrdiff_t share = (p->batch + p->threads - 1) / p->threads, room = (share + ROWS - 1) / ROWS * ROWS;
-    int64_t unsolved = 0;
-    int failed = 0;
     if (room > CHUNK) room = CHUNK;
-#pragma omp parallel num_threads(p->threads)
+    REAL *packed = malloc(p->n * stride * sizeof(REAL));
+    int64_t unsolved = 0;
+    int failed = !packed;
+#pragma omp parallel num_threads(p->threads) if (!failed)
     {
+        REAL *memory = failed ? NULL : malloc(PARTS * room * stride * sizeof(REAL));
 #pragma omp for schedule(static)
-        for (ptrdiff_t v = 0; v < vectors; v++) pack(p, v, vectors);
-        REAL *memory = malloc(PARTS * room * stride * sizeof(REAL));
+        for (ptrdiff_t v = 0; v < vectors; v++)
+            if (packed) pack(p, packed, v, vectors);
 #pragma omp for schedule(dynamic) reduction(+ : unsolved) reduction(| : failed)
         for (ptrdiff_t start = 0; start < p->batch; start += room) {
-            if (memory) unsolved += solve_chunk(p, memory, room, stride, start);
+            if (memory) unsolved += solve_chunk(p, packed, memory, room, stride, start);
             else failed = 1;
         }
         free(memory);
     }
+    free(packed);
     return failed ? -1 : unsolved;
 }

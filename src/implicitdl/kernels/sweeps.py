@@ -3,98 +3,111 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .build import library
+from .build import address, library, reachable, threads
 
 RELU, LEAKY_RELU, IDENTITY, HARDTANH, SLOPE = range(5)
 SLOW, DONE, STRANGE = range(3)
 
 
-class _Problem(ctypes.Structure):
+class _Settings(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_ssize_t) for name in ("n", "batch", "row", "column")]
-        + [
-            (name, ctypes.c_void_p)
-            for name in ("A", "b", "x0", "slope", "packed", "x", "z", "residual", "steps", "status")
-        ]
-        + [(name, ctypes.c_double) for name in ("rtol", "atol", "smallest", "longest", "fast")]
-        + [(name, ctypes.c_int32) for name in ("phi", "budget", "period", "patience", "threads")]
+        *((name, ctypes.c_double) for name in ("rtol", "atol", "smallest", "longest", "fast")),
+        *((name, ctypes.c_int32) for name in ("budget", "period", "patience")),
     )
 
 
-@dataclass(frozen=True)
-class Swept:
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_ssize_t) for name in ("n", "batch", "row", "column")),
+        *((name, ctypes.c_void_p) for name in ("A", "b", "x0", "slope", "x", "slope_at", "residual", "steps")),
+        *((name, ctypes.c_void_p) for name in ("status", "settings")),
+        *((name, ctypes.c_int32) for name in ("phi", "threads")),
+    )
+
+
+class Swept(NamedTuple):
     """What the loop made of every row.
 
     Attributes:
-        x: (batch, n) the solution where ``status`` is DONE; where it is SLOW, f of the best point; else of no use.
-        z: (batch, n) xAᵀ + b where the row is done.
-        residual, steps, status: (batch,)
+        x: (batch, n) the solution of a row that is done; f of the best point of one that is SLOW; else of no use.
+        slope: (batch, n) φ'(xAᵀ + b) where the row is done; None of a map that is linear.
+        residual, steps, done: (batch,)
         unsolved: how many rows are not done.
     """
 
     x: Tensor
-    z: Tensor
+    slope: Tensor | None
     residual: Tensor
     steps: Tensor
-    status: Tensor
+    done: Tensor
     unsolved: int
+
+    def status(self) -> np.ndarray:
+        """SLOW, DONE or STRANGE; where no row is unsolved, ``done`` says the same in bytes that are truth values."""
+        status: np.ndarray = self.done.view(torch.uint8).numpy()
+        return status
 
 
 def sweeps(
-    A: Tensor, b: Tensor, x0: Tensor, phi: int, slope: Tensor | None, *,
+    A: Tensor, b: Tensor, x0: Tensor | None, phi: int, slope: Tensor | None,
     rtol: float, atol: float, budget: int, period: int, fast: float, patience: int,
 ) -> Swept | None:  # fmt: skip
     """Iterate every row until it is done or has to be left to another method; None where the loop cannot serve.
 
     Arguments:
         A: (n, n), of any strides.
-        b, x0: (batch, n).
-        phi: which φ; with SLOPE, the map is x ↦ b + (x ∘ slope)Aᵀ.
+        b, x0: (batch, n); without an x0 the start is f(0).
+        phi: which φ; with SLOPE, the map is x ↦ b + (x ∘ slope)Aᵀ, and a row of b is solved in units of its size.
         rtol, atol: of ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂.
         budget: most evaluations of f for a row.
         period: sweeps from one Aitken step to the next.
         fast: the rate per sweep at which nothing is slow.
         patience: how many more sweeps a slower row may take by its measured rate.
     """
-    dtype = b.dtype
-    if b.device.type != "cpu" or A.dtype != dtype or x0.dtype != dtype or torch.is_grad_enabled():
+    states = [t for t in (b, x0, slope) if t is not None]
+    if torch.is_grad_enabled() or not reachable(A, *states):
         return None
+    dtype, shape = b.dtype, b.shape
     compiled = library("sweeps", dtype)
     if compiled is None:
         return None
-    batch, n = b.shape
-    b, x0 = b.contiguous(), x0.contiguous()
+    # What does not fit is torch's to broadcast, or to complain of.
+    if b.dim() != 2 or b.numel() == 0 or A.shape != 2 * shape[1:] or any(t.shape != shape for t in states[1:]):
+        return None
+    batch, n = shape
+    b = b.contiguous()
+    x0 = None if x0 is None else x0.contiguous()
     slope = None if slope is None else slope.contiguous()
-    info = _LIMITS[dtype]
-    x, z, residual = torch.empty_like(b), torch.empty_like(b), torch.empty(batch, dtype=dtype)
-    steps, status = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.uint8)
-    packed = torch.empty(n * (n + _VECTOR), dtype=dtype)
+    x, slope_at = torch.empty_like(b), torch.empty_like(b) if slope is None else None
+    # From b, because the user's default device may be another one.
+    residual, steps = b.new_empty(batch), b.new_empty(batch, dtype=torch.int64)
+    done = b.new_empty(batch, dtype=torch.bool)
+    settings = _settings(dtype, rtol, atol, budget, period, fast, patience)
     problem = _Problem(
-        n, batch, A.stride(0), A.stride(1), A.data_ptr(), b.data_ptr(), x0.data_ptr(),
-        None if slope is None else slope.data_ptr(), packed.data_ptr(), x.data_ptr(), z.data_ptr(),
-        residual.data_ptr(), steps.data_ptr(), status.data_ptr(), rtol, atol, *info, fast,
-        phi, budget, period, patience, threads(batch * n * n),
+        n, batch, A.stride(0), A.stride(1), A.data_ptr(), b.data_ptr(), address(x0), address(slope),
+        x.data_ptr(), address(slope_at), residual.data_ptr(), steps.data_ptr(), done.data_ptr(),
+        ctypes.addressof(settings), phi, threads(batch * n * n),
     )  # fmt: skip
     unsolved = compiled.solve(ctypes.byref(problem))
-    return None if unsolved < 0 else Swept(x, z, residual, steps, status, unsolved)
+    return None if unsolved < 0 else Swept(x, slope_at, residual, steps, done, unsolved)
 
 
-# Numbers in the longest vector that any processor has.
-_VECTOR = 16
-# A sweep of fewer products is over before a second thread has woken up.
-_WORTH_A_THREAD = 1 << 16
+@functools.lru_cache(maxsize=32)
+def _settings(
+    dtype: torch.dtype, rtol: float, atol: float, budget: int, period: int, fast: float, patience: int
+) -> _Settings:
+    return _Settings(rtol, atol, *_LIMITS[dtype], fast**period, budget, period, patience)
+
+
 # Norms from the first figure on have squares that are neither zero nor without digits; the second is eps^-½.
 _LIMITS = {
     dtype: (float(np.sqrt(info.tiny) / info.eps), float(info.eps**-0.5))
     for dtype, info in ((d, torch.finfo(d)) for d in (torch.float32, torch.float64))
 }
-
-
-def threads(work: int) -> int:
-    return min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD))

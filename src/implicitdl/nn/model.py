@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from ..adjoints import Adjoint
 from ..constraints import Constraint, LowRank
 from ..equilibrium import Equilibrium, LowRankEquilibrium
 from ..fixed_point import fixed_point
+from ..kernels import rows as kernel
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from ..statespace import StateSpace
@@ -164,14 +164,13 @@ class ImplicitModel(Pretrained):
 
     def read_out(self, x: Tensor, u: Tensor) -> Tensor:
         """y = Cx + Du + b_y."""
-        y = F.linear(x, self.C, self.b_y)
-        return y if self.D is None else torch.addmm(y, u, self.D.t())
+        y, D = F.linear(x, self.C, self.b_y), self.D
+        return y if D is None else torch.addmm(y, u, D.t())
 
     def weights(self) -> Weights:
         """The well-posed A, or its factors (L, R), that belong to the free parameters."""
-        if isinstance(self.constraint, LowRank):
-            return self.constraint.factors(self.L, self.R)
-        return (self.constraint(self.A),)
+        constraint = self.constraint
+        return constraint.factors(self.L, self.R) if isinstance(constraint, LowRank) else (constraint(self.A),)
 
     def _solve(self, weights: Weights, b: Tensor, X0: Tensor | None, *, trace: bool = False) -> Solution:
         equilibrium: Equilibrium
@@ -179,7 +178,7 @@ class ImplicitModel(Pretrained):
             equilibrium = LowRankEquilibrium(*weights, b, self.activation)
         else:
             equilibrium = Equilibrium(weights[0], b, self.activation, triangular=self.constraint.triangular)
-        x0 = equilibrium.after_zero() if X0 is None else self._state(X0, b)
+        x0 = None if X0 is None else self._state(X0, b)
         return fixed_point(
             equilibrium, x0, solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace
         )
@@ -198,7 +197,7 @@ class ImplicitModel(Pretrained):
     def _input_term(self, u: Tensor) -> Tensor:
         """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
         b = F.linear(u, self.B, self.b_x)
-        if plain() and not isfinite(b.detach().sum()):
+        if plain() and not _all_finite(b):
             _checks.finite("ImplicitModel", "u", u)
         return b
 
@@ -277,3 +276,8 @@ class ImplicitModel(Pretrained):
         return pretrained.load(
             cls, folder, f=f, activation=activation, constraint=constraint, solver=solver, adjoint=adjoint
         )
+
+
+def _all_finite(b: Tensor) -> bool:
+    known = kernel.all_finite(b)
+    return bool(torch.isfinite(b.sum())) if known is None else known

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from .._checks import wrong
 from ..equilibrium import RowMap
+from ..kernels import rows as kernel
 from .base import Solver
+
+_KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+_TINY = {kind: torch.finfo(kind).tiny for kind in _KINDS}
+# A residual that all but repeats itself differs by rounding: a step of half the digits' worth is the longest one.
+_LONGEST = {kind: torch.finfo(kind).eps ** -0.5 for kind in _KINDS}
 
 
 @dataclass(slots=True)
@@ -74,13 +80,17 @@ class Aitken(Solver):
 
 def _extrapolate(x: Tensor, fx: Tensor, before: Tensor) -> Tensor:
     dtype = fx.dtype
+    if dtype in _TINY:
+        following = kernel.aitken(x, fx, before, _TINY[dtype], _LONGEST[dtype])
+        if following is not None:
+            return following
     if dtype in (torch.bfloat16, torch.float16):
         x, fx, before = x.float(), fx.float(), before.float()
     r = fx - x
     d = r - before
     # d = 0 is a residual that repeats itself, and there is nothing to extrapolate.
-    size = (d * d).sum(dim=1, keepdim=True).clamp_(min=torch.finfo(d.dtype).tiny)
-    # A residual that all but repeats itself differs by rounding: a step of half the digits' worth is the longest one.
-    longest = torch.finfo(dtype).eps ** -0.5
-    gamma = (d * r).sum(dim=1, keepdim=True).div_(size).clamp_(-longest, longest)
+    size = (d * d).sum(dim=1, keepdim=True).clamp_(min=_TINY[d.dtype])
+    longest = _LONGEST[dtype]
+    # Squares that overflow make it 0: a plain step, until the loop looks and takes the sample to other units.
+    gamma = (d * r).sum(dim=1, keepdim=True).div_(size).nan_to_num_(0.0).clamp_(-longest, longest)
     return torch.addcmul(fx, gamma, r, value=-1).to(dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import positive_int
 from ..equilibrium import RowMap
+from ..kernels.anderson import Memory
 from .base import Solver, check_damping, precise
 
 
@@ -59,7 +60,10 @@ class Anderson(Solver):
         positive_int("Anderson", "memory", self.memory)
         check_damping("Anderson", self.damping)
 
-    def init(self, f: RowMap, x: Tensor) -> _History:
+    def init(self, f: RowMap, x: Tensor) -> _History | Memory:
+        memory = Memory.of(x, self.memory, self.growth, self.damping)
+        if memory is not None:
+            return memory
         batch, d = x.shape
         m, kept = self.memory, precise(x.dtype)
         return _History(
@@ -72,7 +76,12 @@ class Anderson(Solver):
             step=0,
         )
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _History) -> tuple[Tensor, _History, int]:
+    def norms(self, x: Tensor, fx: Tensor, state: _History | Memory) -> tuple[Tensor, Tensor] | None:
+        return state.look(x, fx) if isinstance(state, Memory) else None
+
+    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _History | Memory) -> tuple[Tensor, _History | Memory, int]:
+        if isinstance(state, Memory):
+            return state.step(x, fx), state, 0
         out_dtype = fx.dtype
         fx = fx.to(state.dR.dtype)
         dR, dF, gram, valid = state.dR, state.dF, state.gram, state.valid
@@ -105,7 +114,9 @@ class Anderson(Solver):
         best = torch.where(restart, size, torch.minimum(size, state.best))
         return x.to(out_dtype), _History(dR, dF, gram, valid, fx, best, state.step + 1), 0
 
-    def take(self, state: _History, rows: Tensor) -> _History:
+    def take(self, state: _History | Memory, rows: Tensor) -> _History | Memory:
+        if isinstance(state, Memory):
+            return state.take(rows)
         parts = {name: part.index_select(0, rows) for name, part in state._asdict().items() if name != "step"}
         return _History(**parts, step=state.step)
 

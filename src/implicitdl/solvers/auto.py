@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..equilibrium import RowMap
+from ..equilibrium import Equilibrium, EquilibriumAdjoint, RowMap
 from ..kernels.sweeps import Swept
 from .aitken import Aitken
 from .anderson import Anderson
@@ -18,10 +18,11 @@ from .substitution import Substitution
 
 # The rate a step where acceleration begins to save evaluations on most spectra (THEORY §5.6).
 _FAST = 0.7
-# Of the compiled loop, in which a look costs nothing: sweeps between Aitken steps, and how many more of them, in units
-# of what a step of the next stage costs, a slow sample may take.
-_PERIOD = 3
-_PATIENCE = 40
+# How many steps more a slow sample may take, in units of what a step of the next stage costs.
+_PATIENCE = 10
+# Of the compiled loop, in which a sweep costs a fraction of one by torch, and an Aitken step nothing beside it.
+_COMPILED_PATIENCE = 40
+_COMPILED_PERIOD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +30,6 @@ class _AitkenWhileFast(Aitken):
     """Aitken's iteration that hands a sample over when its measured rate promises too many further steps."""
 
     overhead: int = 1
-
-    def run(self, f: RowMap, x: Tensor) -> Swept | None:
-        sweeps = getattr(f, "sweeps", None)
-        # What is not solved needs an evaluation at least.
-        if sweeps is None or self.max_steps == 1:
-            return None
-        swept: Swept | None = sweeps(
-            x, rtol=self.tolerance(x.dtype), atol=self.atol, budget=self.max_steps - 1, period=_PERIOD, fast=_FAST,
-            patience=_PATIENCE * self.overhead,
-        )  # fmt: skip
-        return swept
 
     def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
         slow: np.ndarray = residual > _FAST**steps * previous
@@ -49,7 +39,7 @@ class _AitkenWhileFast(Aitken):
         # A residual that does not fall has a rate of 1 or more and takes for ever: remaining is not positive.
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             remaining = steps * np.log(rtol / residual) / np.log(residual / previous)
-        return slow & ~((remaining >= 0) & (remaining <= 10 * self.overhead))
+        return slow & ~((remaining >= 0) & (remaining <= _PATIENCE * self.overhead))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +58,22 @@ class Auto(Solver):
 
     slow: Solver = field(default_factory=Anderson)
 
+    def first_stage(self, f: RowMap, x: Tensor | None) -> Swept | None:
+        # What is left unsolved needs an evaluation of the next stage at least.
+        if not isinstance(f, (Equilibrium, EquilibriumAdjoint)) or f.triangular or self.max_steps == 1:
+            return None
+        return f.sweeps(
+            x, self.tolerance(f.b.dtype), self.atol, self.max_steps - 1,
+            _COMPILED_PERIOD, _FAST, _COMPILED_PATIENCE * f.check_interval,
+        )  # fmt: skip
+
     def stages(self, f: RowMap) -> Iterator[Solver]:
         if Substitution.serves(f):
             yield Substitution()
             return
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
-        yield _AitkenWhileFast(
-            overhead=f.check_interval, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps
-        )
+        yield _AitkenWhileFast(overhead=f.check_interval)
         # A method that decides for itself when to look at its iterate has to know the tolerance it is solved to.
         yield replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 

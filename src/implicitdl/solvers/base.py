@@ -55,8 +55,8 @@ class Solver(ABC):
         """The solvers that a sample goes through; all but the last may hand it over to the next."""
         yield self
 
-    def run(self, f: RowMap, x: Tensor) -> Swept | None:
-        """All of its steps at once, where a compiled loop takes them; then only the next stage may find rows left."""
+    def first_stage(self, f: RowMap, x: Tensor | None) -> Swept | None:
+        """The first of its `stages` in one call, where a compiled loop takes all its steps; else None."""
         return None
 
     def check_interval(self, f: RowMap) -> int:
@@ -74,6 +74,13 @@ class Solver(ABC):
     def evaluate(self, f: RowMap, x: Tensor, state: Any) -> Tensor:
         """f(x); a method that needs more of f at x than its value keeps it in its state."""
         return f(x)
+
+    def norms(self, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Tensor] | None:
+        """‖f(x) − x‖ and ‖f(x)‖ of every sample, where the method makes them anyway; outside of autograd.
+
+        A step from the same x and f(x) may come next, or none, where all samples are done.
+        """
+        return None
 
     def take(self, state: Any, rows: Tensor) -> Any:
         """The state of some of the samples, when the others have finished."""

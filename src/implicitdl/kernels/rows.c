@@ -1,0 +1,111 @@
+/* What is done by rows in one pass where torch makes several: rows shrunk onto the ℓ1 ball, with the derivative of that;
+   their norms; whether all numbers are finite.
+
+   a = s v with s = min(1, r/‖v‖₁).  The vector-Jacobian product is g on a row inside, and s g − s² sign(v) (vᵀg)/r. */
+
+#include "vectors.h"
+
+static inline Vector magnitude(Vector v) { return choose(v < 0, -v, v); }
+
+/* Rows are dealt to threads; each is (columns,) long. */
+void scale_rows(const REAL *v, REAL *a, REAL *scale, ptrdiff_t rows, ptrdiff_t columns, double radius, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *from = v + i * columns;
+        REAL *to = a + i * columns, total, s;
+        Vector sizes = {0};
+        ptrdiff_t j = 0;
+        for (; j + LANES <= columns; j += LANES) sizes += magnitude(AT(from + j));
+        for (total = sum(sizes); j < columns; j++) total += from[j] < 0 ? -from[j] : from[j];
+        s = radius / total;
+        scale[i] = s = s > 1 ? 1 : s; /* NaN stays, so that nobody takes the row for a good one */
+        for (j = 0; j < columns; j++) to[j] = s * from[j];
+    }
+}
+
+void scale_rows_vjp(const REAL *v, const REAL *scale, const REAL *g, REAL *out, ptrdiff_t rows, ptrdiff_t columns,
+                    double radius, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *vi = v + i * columns, *gi = g + i * columns;
+        REAL *to = out + i * columns, s = scale[i], along = 0;
+        if (s != 1) {
+            Vector products = {0};
+            ptrdiff_t j = 0;
+            for (; j + LANES <= columns; j += LANES) products += AT(vi + j) * AT(gi + j);
+            for (along = sum(products); j < columns; j++) along += vi[j] * gi[j];
+            along *= s * s / radius;
+        }
+        for (ptrdiff_t j = 0; j < columns; j++) to[j] = s * gi[j] - along * ((vi[j] > 0) - (vi[j] < 0));
+    }
+}
+
+/* A number minus itself is 0 unless it is infinite or NaN. */
+int all_finite(const REAL *x, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    Vector total = {0};
+    REAL rest = 0;
+    for (; i + LANES <= count; i += LANES) total += AT(x + i) - AT(x + i);
+    for (; i < count; i++) rest += x[i] - x[i];
+    return sum(total) + rest == 0;
+}
+
+/* ‖f(x) − x‖ and ‖f(x)‖ of every row, in one pass; sums of a few numbers in REAL are added up in double. */
+void norms(const REAL *x, const REAL *fx, double *change, double *size, ptrdiff_t rows, ptrdiff_t columns, int threads) {
+    const ptrdiff_t block = 64 * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *from = x + i * columns, *to = fx + i * columns;
+        double changes = 0, sizes = 0;
+        ptrdiff_t j = 0;
+        while (j + LANES <= columns) {
+            Vector r2 = {0}, f2 = {0};
+            for (ptrdiff_t end = j + block; j < end && j + LANES <= columns; j += LANES) {
+                Vector f = AT(to + j), r = f - AT(from + j);
+                r2 += r * r;
+                f2 += f * f;
+            }
+            changes += sum(r2);
+            sizes += sum(f2);
+        }
+        for (; j < columns; j++) {
+            REAL r = to[j] - from[j];
+            changes += r * r;
+            sizes += to[j] * to[j];
+        }
+        change[i] = sqrt(changes);
+        size[i] = sqrt(sizes);
+    }
+}
+
+/* The Aitken step f(x) − γ r of every row, with r = f(x) − x, d = r − before and γ = d · r / d · d; a plain one where
+   the products say nothing. */
+void aitken(const REAL *x, const REAL *fx, const REAL *before, REAL *next, ptrdiff_t rows, ptrdiff_t columns,
+            double tiny, double longest, int threads) {
+    const ptrdiff_t block = 64 * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *from = x + i * columns, *to = fx + i * columns, *last = before + i * columns;
+        REAL *out = next + i * columns;
+        double dd = 0, dr = 0;
+        ptrdiff_t j = 0;
+        while (j + LANES <= columns) {
+            Vector dd_part = {0}, dr_part = {0};
+            for (ptrdiff_t end = j + block; j < end && j + LANES <= columns; j += LANES) {
+                Vector r = AT(to + j) - AT(from + j), d = r - AT(last + j);
+                dd_part += d * d;
+                dr_part += d * r;
+            }
+            dd += sum(dd_part);
+            dr += sum(dr_part);
+        }
+        for (; j < columns; j++) {
+            REAL r = to[j] - from[j], d = r - last[j];
+            dd += d * d;
+            dr += d * r;
+        }
+        double ratio = dr / fmax(dd, tiny);
+        REAL gamma = ratio != ratio ? 0 : fmin(fmax(ratio, -longest), longest);
+        for (j = 0; j < columns; j++) out[j] = to[j] - gamma * (to[j] - from[j]);
+    }
+}
