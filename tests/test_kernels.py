@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -33,6 +31,7 @@ from implicitdl.equilibrium import EquilibriumAdjoint
 from implicitdl.iterate import iterate
 from implicitdl.kernels import build, rows, sweeps
 from implicitdl.solvers import aitken
+from kernel_paths import threads, torch_alone
 
 pytestmark = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")
 
@@ -42,23 +41,6 @@ BOTH = pytest.mark.parametrize("dtype", RTOL, ids=str)
 # torch's own, on the first use of its forward mode.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 by_name = pytest.mark.parametrize("phi", PHI, ids=lambda phi: phi.name)
-
-
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """As on a machine without a compiler."""
-    with mock.patch.object(sweeps, "library", return_value=None), mock.patch.object(rows, "_typed", return_value=None):
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    # From the first multiplication on.
-    with mock.patch.object(build, "_WORTH_A_THREAD", 1):
-        yield
-    torch.set_num_threads(before)
 
 
 def solve(f: Equilibrium, x0: Tensor | None = None, **settings: object) -> Solution:

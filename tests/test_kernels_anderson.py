@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,27 +11,13 @@ from torch import Tensor
 from implicitdl import Anderson, Equilibrium, Unrolled, fixed_point
 from implicitdl.activations import IDENTITY
 from implicitdl.iterate import Outcome, iterate
-from implicitdl.kernels import anderson, build
+from implicitdl.kernels import build
 from implicitdl.kernels.anderson import Memory
+from kernel_paths import threads, torch_alone
 
 pytestmark = pytest.mark.skipif(build.library("anderson", torch.float64) is None, reason="no C compiler")
 
 BLOCK = 256  # of anderson.c
-
-
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    with mock.patch.object(anderson, "library", return_value=None):
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    with mock.patch.object(build, "_WORTH_A_THREAD", 1):
-        yield
-    torch.set_num_threads(before)
 
 
 class Elementwise:

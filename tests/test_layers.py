@@ -17,7 +17,7 @@ LAYERS = [
     ["_store", "frozen", "indexing", "kernels", "solution", "units"],
     ["activations", "resolvent", "rows"],
     ["equilibrium"],
-    ["circular", "linearize"],
+    ["circular", "linearize", "lowrank"],
     ["jacobian", "residual", "solvers"],
     ["iterate"],
     ["adjoints"],

@@ -5,9 +5,10 @@ from .activations import Activation
 from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from .circular import CircularConvolution, CircularEquilibrium
 from .data import cifar_load, mnist_load
-from .equilibrium import Equilibrium, LowRankEquilibrium
+from .equilibrium import Equilibrium
 from .fixed_point import fixed_point, root
 from .jacobian import SpectralRadius, jacobian_regularization, spectral_radius
+from .lowrank import LowRankEquilibrium
 from .nn import (
     DEQ,
     ImplicitFunction,

@@ -15,9 +15,10 @@ from .._context import plain
 from ..activations import Activation
 from ..adjoints import Adjoint
 from ..constraints import Constraint, LowRank
-from ..equilibrium import Equilibrium, LowRankEquilibrium
+from ..equilibrium import Equilibrium
 from ..fixed_point import fixed_point
 from ..kernels import rows as kernel
+from ..lowrank import LowRankEquilibrium
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from ..statespace import StateSpace

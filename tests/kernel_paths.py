@@ -1,0 +1,34 @@
+"""With and without the compiled loops, in one thread and in several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+from implicitdl.kernels import anderson, build, rows, sweeps
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """As on a machine without a compiler."""
+    with (
+        mock.patch.object(sweeps, "library", return_value=None),
+        mock.patch.object(rows, "_typed", return_value=None),
+        mock.patch.object(anderson, "library", return_value=None),
+    ):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        # From the first multiplication on.
+        with mock.patch.object(build, "_WORTH_A_THREAD", 1):
+            yield
+    finally:
+        torch.set_num_threads(before)
