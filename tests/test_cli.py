@@ -430,7 +430,9 @@ class TestNoise:
 
     def test_a_signal_ends_a_run_with_one_line(self, tmp_path):
         words = [*SMALL, "--epochs", "1000", "--out", str(tmp_path / "run")]
-        code = f"from implicitdl.cli import main; raise SystemExit(main({words!r}))"
+        # A shell's job in the background, as this test may be, has interrupts ignored.
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heard}; from implicitdl.cli import main; raise SystemExit(main({words!r}))"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             deadline = time.monotonic() + 120
             while not (tmp_path / "run" / "best" / "model.safetensors").exists():
