@@ -164,6 +164,16 @@ def test_dtypes(dtype):
     assert all(weight.grad.dtype == dtype for weight in built.parameters())
 
 
+@pytest.mark.parametrize("of", ["input", "weights"])
+def test_autocast_leaves_double_precision_alone(of):
+    model = ImplicitModel(
+        input_dim=5, output_dim=3, hidden_dim=4, dtype=torch.float64 if of == "weights" else torch.float32
+    )
+    u = torch.randn(2, 5, dtype=torch.float64 if of == "input" else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ArgumentError, match="of dtype"):
+        model(u)
+
+
 @pytest.mark.parametrize("variant", ["dense", "low-rank", "triangular"])
 def test_bfloat16_autocast_trains(variant):
     built = model(**VARIANTS[variant]).float()

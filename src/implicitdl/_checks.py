@@ -73,10 +73,11 @@ def choice(who: str, name: str, value: Any, known: Any) -> Any:
 
 
 def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """Data must have the dtype and the device of the weights; autocast casts the dtype by itself."""
+    """Data must have the dtype and the device of the weights; autocast casts the dtype by itself, but never float64."""
     if tensor.device != like.device:
         raise wrong(who, f"{name} on {like.device}", tensor.device, f"Move one of them: {name}.to('{like.device}').")
-    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    cast = torch.is_autocast_enabled(tensor.device.type) and torch.float64 not in (tensor.dtype, like.dtype)
+    if tensor.dtype != like.dtype and not cast:
         raise wrong(who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype}).")
 
 
