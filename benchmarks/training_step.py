@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from fashion import images, stepper, trained
+from floor import floor
 from peer import torchidl_model
 from timing import alternate, header
 from torch import nn
@@ -19,8 +20,10 @@ ROWS = [(100, 64, 31, 20, 2.0), (300, 100, 15, 5, 1.7), (1000, 256, 7, 1, 1.3)]
 def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
     u, y = images()
     print(f"\nTraining step on Fashion-MNIST, relative tolerance {RTOL:.0e} forward and backward, same weights")
-    header("n", "batch", "ours ms", "torchidl ms", "MLP ms", "torchidl ÷ ours", "wanted", "ours ÷ MLP", "our steps f/b",
-           "our residual f/b", "torchidl's f/b")  # fmt: skip
+    header(
+        "n", "batch", "ours ms", "torchidl ms", "MLP ms", "torchidl ÷ ours", "wanted", "ours ÷ MLP", "floor ms",
+        "ours ÷ floor", "our steps f/b", "our residual f/b", "torchidl's f/b",
+    )  # fmt: skip
     for n, batch, rounds, repeats, wanted in rows:
         weights = trained(n, u, y, steps=200)
         ours = ImplicitModel(input_dim=784, output_dim=10, hidden_dim=n, tol=RTOL, grad_tol=RTOL)
@@ -31,9 +34,11 @@ def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
         mlp = nn.Sequential(nn.Linear(784, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
         sides = {name: stepper(m, u, y, batch) for name, m in (("ours", ours), ("theirs", theirs), ("mlp", mlp))}
         t = alternate(sides, rounds=rounds, repeats=repeats)
+        least = floor(ours, u[:batch], steps, rounds=rounds, repeats=repeats)
         print(
             f"| {n} | {batch} | {t['ours'] * 1e3:.2f} | {t['theirs'] * 1e3:.2f} | {t['mlp'] * 1e3:.2f} "
             f"| {t['theirs'] / t['ours']:.2f} | ≥ {wanted} | {t['ours'] / t['mlp']:.2f} "
+            f"| {least * 1e3:.2f} | {t['ours'] / least:.2f} "
             f"| {steps[0]:.1f}/{steps[1]:.1f} "
             f"| {reached:.0e}/{grad_reached:.0e} | {theirs_reached:.0e}/{theirs_grad:.0e} |",
             flush=True,
