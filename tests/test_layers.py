@@ -15,7 +15,7 @@ LAYERS = [
     ["_context"],
     ["_checks"],
     ["_store", "frozen", "indexing", "kernels", "solution", "units"],
-    ["activations", "resolvent", "rows"],
+    ["activations", "resolvent", "rows", "weights"],
     ["equilibrium"],
     ["circular", "linearize", "lowrank"],
     ["jacobian", "residual", "solvers"],

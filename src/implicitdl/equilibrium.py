@@ -14,6 +14,7 @@ from .activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from .kernels import sweeps as kernel
 from .kernels.sweeps import Swept
 from .resolvent import bounds, resolvent
+from .weights import Given, ScaledRows, Weight
 
 
 class RowMap(Protocol):
@@ -75,7 +76,7 @@ class Equilibrium:
     """x ↦ φ(xAᵀ + b), for states in rows.
 
     Arguments:
-        A: (n, n) weights.
+        A: (n, n) weights, there or still to be made.
         b: (batch, n) input term uBᵀ + bias.
         activation: φ.
         triangular: A is strictly upper triangular, so that one substitution solves x = φ(xAᵀ + b).
@@ -88,11 +89,18 @@ class Equilibrium:
         tensor([[2., 2.]])
     """
 
-    def __init__(self, A: Tensor, b: Tensor, activation: Activation = RELU, *, triangular: bool = False) -> None:
+    def __init__(
+        self, A: Tensor | Weight, b: Tensor, activation: Activation = RELU, *, triangular: bool = False
+    ) -> None:
         # Under autocast b comes out of a product in the lower precision; A is cast once, not once a sweep.
-        self.A = A if A.dtype == b.dtype else A.to(b.dtype)
+        weight = Given(A) if isinstance(A, Tensor) else A
+        self.weight: Weight = weight if weight.source.dtype == b.dtype else Given(weight.value.to(b.dtype))
         self.b, self.activation, self.triangular = b, activation, triangular
-        self.check_interval = check_interval(A.shape[0])
+        self.check_interval = check_interval(weight.source.shape[0])
+
+    @property
+    def A(self) -> Tensor:
+        return self.weight.value
 
     @property
     def _At(self) -> Tensor:
@@ -107,17 +115,19 @@ class Equilibrium:
         return self.activation.phi(self.b.detach())
 
     def take(self, rows: Tensor) -> Equilibrium:
-        return Equilibrium(self.A, self.b[rows], self.activation, triangular=self.triangular)
+        return Equilibrium(self.weight, self.b[rows], self.activation, triangular=self.triangular)
 
     def sweeps(self, x: Tensor | None, *settings: Any) -> Swept | None:
         """Every row iterated from x by the compiled loop, where there is one for this φ and place."""
         phi = _COMPILED.get(id(self.activation))
         # A subclass is another map.
-        return (
-            None
-            if phi is None or type(self) is not Equilibrium
-            else kernel.sweeps(self.A, self.b, x, phi, None, *settings)
-        )
+        if phi is None or type(self) is not Equilibrium:
+            return None
+        weight = self.weight
+        swept = kernel.sweeps(weight.source, weight.radius, self.b, x, phi, None, *settings)
+        if swept is not None and isinstance(weight, ScaledRows):
+            weight.made = swept.scaled
+        return swept
 
     def linearize(self, x: Tensor, slope: Tensor | None = None) -> EquilibriumLinearization:
         """At x, where a solve may have left φ' for nothing."""
@@ -148,10 +158,10 @@ class Equilibrium:
         return self.activation.prox(u, alpha)
 
     def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
-        return resolvent(self.A.detach(), alpha)
+        return resolvent(self.weight.numbers, alpha)
 
     def bounds(self) -> tuple[float, float]:
-        return bounds(self.A.detach())
+        return bounds(self.weight.numbers)
 
     def substitute(self) -> Tensor | None:
         """The solution by one pass of back substitution, exact; None when A is not triangular."""
@@ -167,7 +177,7 @@ class EquilibriumLinearization:
     def __init__(self, f: Equilibrium, x: Tensor, slope: Tensor | None = None) -> None:
         self._f, self._x, self._slope = f, x, slope
         # What the value depends on, where `pull` does the work of its graph.
-        self.weights = None if slope is None else (f.A, f.b)
+        self.weights = None if slope is None else (f.weight.source, f.b)
         if slope is None:
             z = torch.addmm(f.b, x, f._At)
             self.value, self._z = f.activation.phi(z), z.detach()
@@ -186,23 +196,23 @@ class EquilibriumLinearization:
     def pull(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The cotangents of `weights` that a cotangent v of the value at x makes."""
         w = v * self.slope
-        return w.t() @ x, w
+        return self._f.weight.pull(w.t() @ x), w
 
     def jacobian(self, rows: Tensor) -> Tensor:
         """J of the samples ``rows``, (len(rows), n, n)."""
-        return self.slope[rows].unsqueeze(2) * self._f.A.detach()
+        return self.slope[rows].unsqueeze(2) * self._f.weight.numbers
 
     def vjp(self, v: Tensor) -> Tensor:
-        return (v * self.slope) @ self._f.A.detach()
+        return (v * self.slope) @ self._f.weight.numbers
 
     def jvp(self, w: Tensor) -> Tensor:
-        return (w @ self._f.A.detach().t()) * self.slope
+        return (w @ self._f.weight.numbers.t()) * self.slope
 
     def adjoint_map(self, g: Tensor) -> EquilibriumAdjoint:
-        return EquilibriumAdjoint(self._f.A.detach(), self.slope, g, self._f.triangular)
+        return EquilibriumAdjoint(self._f.weight.numbers, self.slope, g, self._f.triangular)
 
     def tangent_map(self, h: Tensor) -> EquilibriumTangent:
-        return EquilibriumTangent(self._f.A.detach(), self.slope, h, self._f.triangular)
+        return EquilibriumTangent(self._f.weight.numbers, self.slope, h, self._f.triangular)
 
 
 class EquilibriumAdjoint:
@@ -225,7 +235,7 @@ class EquilibriumAdjoint:
     def sweeps(self, v: Tensor | None, *settings: Any) -> Swept | None:
         if type(self) is not EquilibriumAdjoint:
             return None
-        return kernel.sweeps(self.A.t(), self.g, v, kernel.SLOPE, self.slope, *settings)
+        return kernel.sweeps(self.A.t(), None, self.g, v, kernel.SLOPE, self.slope, *settings)
 
     @property
     def b(self) -> Tensor:

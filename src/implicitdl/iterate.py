@@ -59,7 +59,7 @@ class Outcome:
     @classmethod
     def of(cls, swept: Swept, solver: Solver) -> Outcome:
         """That of a compiled loop which has solved every row."""
-        x, slope, residual, steps, done, _ = swept
+        x, slope, residual, steps, done, *_ = swept
         return cls(x, residual, steps, done, True, None, solver.tolerance(x.dtype), None, slope)
 
     def of_each(self, samples: int) -> Outcome:
@@ -80,7 +80,7 @@ def iterate(
     Methods multiply differences with each other.  Samples for which the dtype does not hold such products leave for
     another round, in units of their own size; every round costs an evaluation, so the budget ends them.
     """
-    if swept is None and not (trace or keep_inverse):
+    if swept is None and not (trace or keep_inverse or torch.is_grad_enabled()):
         swept = solver.first_stage(f, x)
     if swept is not None and not swept.unsolved:
         return Outcome.of(swept, solver)

@@ -52,8 +52,13 @@ class ImplicitAdjoint(Adjoint):
     def solve(
         self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
     ) -> tuple[Tensor, Outcome]:
-        with torch.no_grad():
-            outcome = iterate(f, x0, solver, trace=trace)
+        # A compiled loop makes no graph in any case.
+        swept = None if trace else solver.first_stage(f, x0)
+        if swept is not None and not swept.unsolved:
+            outcome = Outcome.of(swept, solver)
+        else:
+            with torch.no_grad():
+                outcome = iterate(f, x0, solver, trace=trace, swept=swept)
         if not torch.is_grad_enabled():
             return outcome.x, outcome
         at = linearize(f, outcome.x, outcome.slope)

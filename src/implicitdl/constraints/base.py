@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import open_unit, wrong
+from ..weights import ScaledRows
 
 
 class Constraint(nn.Module, ABC):
@@ -45,6 +46,11 @@ class Constraint(nn.Module, ABC):
     def forward(self, raw: Any) -> Tensor:
         """The member A that belongs to the free parameters."""
 
+    def unmade(self, raw: Any) -> Tensor | ScaledRows:
+        """The same, or what makes it when it is needed, for an `Equilibrium`."""
+        member: Tensor = self(raw)
+        return member
+
     @abstractmethod
     def right_inverse(self, A: Tensor) -> Any:
         """Free parameters whose image is A; an error when A is not a member."""
@@ -55,6 +61,10 @@ class Constraint(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"kappa={self.kappa}" + (f", lipschitz={self.lipschitz:.6g}" if self.lipschitz != 1.0 else "")
+
+    def _hooked(self) -> bool:
+        """Whether a call does more than `forward`."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def _member(self, A: Tensor) -> Tensor:
         if not self.contains(A):

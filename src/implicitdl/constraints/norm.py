@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._context import batched_by_autograd, outside_graphs, plain, transformed
-from ..kernels import rows as kernel
+from .._context import outside_graphs, plain, transformed
+from ..weights import ScaledRows, scale_rows
 from .base import Constraint
 
 
@@ -30,10 +30,12 @@ class RowScaling(Constraint):
     """
 
     def forward(self, raw: Tensor) -> Tensor:
-        if not plain():
-            return raw * row_scale(raw, self.radius)
-        scaled: Tensor = _ScaleRows.apply(raw, self.radius)
-        return scaled
+        return scale_rows(raw, self.radius)
+
+    def unmade(self, raw: Tensor) -> Tensor | ScaledRows:
+        # A subclass may make another matrix, and so may a hook.
+        as_written = type(self) is RowScaling and not self._hooked()
+        return ScaledRows(raw, self.radius) if as_written and plain() else self(raw)
 
     def right_inverse(self, A: Tensor) -> Tensor:
         return self._member(A)
@@ -89,45 +91,6 @@ class SoftRowScaling(Constraint):
 
     def contains(self, A: Tensor) -> bool:
         return self._in_ball(A)
-
-
-def row_scale(v: Tensor, radius: float) -> Tensor:
-    """min(1, r/‖v‖₁) of every row, in operations that can be differentiated; exactly 1, and flat, inside the ball."""
-    size = v.abs().sum(dim=-1, keepdim=True)
-    inside = size <= radius
-    return (radius / size.masked_fill(inside, radius)).masked_fill(inside, 1.0)
-
-
-class _ScaleRows(torch.autograd.Function):
-    """v min(1, r/‖v‖₁) with its vector-Jacobian product in a few operations, where autograd's takes many."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, radius: float) -> Tensor:
-        scaled, scale = kernel.scale_rows(v, radius) or _scale_rows(v, radius)
-        ctx.save_for_backward(v, scale)
-        ctx.radius = radius
-        return scaled
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        # ∂L/∂v = s g − s² sign(v) (vᵀg)/r on scaled rows, and g on the others, where s = 1.  In differentiable
-        # operations of v, s included, when a second derivative is to be taken.
-        v, scale = ctx.saved_tensors
-        if plain() and not torch.is_grad_enabled() and not batched_by_autograd(g):
-            product = kernel.scale_rows_vjp(v, scale, g, ctx.radius)
-            if product is not None:
-                return product, None
-        inside = scale == 1
-        if torch.is_grad_enabled():
-            scale = row_scale(v, ctx.radius)
-        along = ((v * g).sum(dim=-1, keepdim=True) * (scale * scale / ctx.radius)).masked_fill(inside, 0.0)
-        return torch.addcmul(g * scale, v.sign(), along, value=-1), None
-
-
-def _scale_rows(v: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    # Clamped after the division: r/r need not be 1 in floating point, and 1 is how a row inside is known.
-    scale = (radius / torch.linalg.vector_norm(v, ord=1, dim=-1, keepdim=True)).clamp_(max=1.0)
-    return v * scale, scale
 
 
 def project_l1(v: Tensor, radius: float) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
+from ..weights import row_scale
 from .base import Constraint
-from .norm import row_scale
 
 
 class WeightedRowScaling(Constraint):

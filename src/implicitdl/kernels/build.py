@@ -83,7 +83,7 @@ def _compiled(source: Path, command: list[str]) -> Path:
 
     Its name holds a digest of what it was written with: to load half a file ends the process with a bus error.
     """
-    texts = [path.read_text(encoding="utf-8") for path in (source, source.with_name("vectors.h"))]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     key = _digest("\0".join([*texts, shutil.which(command[0]) or "", *command, _processor()]).encode())
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicitdl"

@@ -3,23 +3,13 @@
 
    a = s v with s = min(1, r/‖v‖₁).  The vector-Jacobian product is g on a row inside, and s g − s² sign(v) (vᵀg)/r. */
 
-#include "vectors.h"
-
-static inline Vector magnitude(Vector v) { return choose(v < 0, -v, v); }
+#include "shrink.h"
 
 /* Rows are dealt to threads; each is (columns,) long. */
 void scale_rows(const REAL *v, REAL *a, REAL *scale, ptrdiff_t rows, ptrdiff_t columns, double radius, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t i = 0; i < rows; i++) {
-        const REAL *from = v + i * columns;
-        REAL *to = a + i * columns, total, s;
-        Vector sizes = {0};
-        ptrdiff_t j = 0;
-        for (; j + LANES <= columns; j += LANES) sizes += magnitude(AT(from + j));
-        for (total = sum(sizes); j < columns; j++) total += from[j] < 0 ? -from[j] : from[j];
-        s = radius / total;
-        scale[i] = s = s > 1 ? 1 : s; /* NaN stays, so that nobody takes the row for a good one */
-        for (j = 0; j < columns; j++) to[j] = s * from[j];
+        scale[i] = shrink(v + i * columns, a + i * columns, columns, radius);
     }
 }
 

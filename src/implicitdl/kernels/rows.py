@@ -24,8 +24,8 @@ def scale_rows(v: Tensor, radius: float) -> tuple[Tensor, Tensor] | None:
 
 def scale_rows_vjp(v: Tensor, scale: Tensor, g: Tensor, radius: float) -> Tensor | None:
     """The vector-Jacobian product of `scale_rows` with g; None where torch has to do it."""
-    compiled = _library(v)
-    if compiled is None or v.dim() != 2 or not reachable(v, g):
+    compiled = _library(v, g)
+    if compiled is None or v.dim() != 2:
         return None
     v, g = v.contiguous(), g.contiguous()
     product = torch.empty_like(v)

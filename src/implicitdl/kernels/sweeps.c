@@ -5,7 +5,7 @@
    chunks; one that is done leaves its chunk, and the chunk's last row takes its place.  What is computed for a row
    depends on nothing but the row. */
 
-#include "vectors.h"
+#include "shrink.h"
 
 /* A product keeps ROWS × WIDE vectors of sums in registers, beside WIDE of A: 27 of 32, or 15 of 16. */
 enum { ROWS = BYTES == 64 ? 8 : 4, WIDE = 3, CHUNK = 32 };
@@ -23,11 +23,13 @@ typedef struct {
 typedef struct {
     ptrdiff_t n, batch, row, column;  /* a_ij is at A[i * row + j * column] */
     const REAL *A, *b, *x0;           /* b, x0: (batch, n); where x0 is NULL, the start is f(0) */
+    REAL *scaled, *scale;             /* where wanted, the rows of A, contiguous, are shrunk first: A, and (n,) factors */
     const REAL *slope;                /* (batch, n), of x ← b + (x ∘ slope)Aᵀ, which is linear in b: see `load` */
     REAL *x, *slope_at, *residual;    /* the last iterate (f of it, if slow); φ' there, if wanted; its residual */
     int64_t *steps;                   /* evaluations of f */
     uint8_t *status;
     const Settings *set;
+    double radius;
     int32_t phi, threads;
 } Problem;
 
@@ -64,17 +66,29 @@ static inline Vector slope_of(int phi, Vector z) {
 /* How many of the vectors that are left the next panel of A has: three, but never one where two and two do. */
 static ptrdiff_t panel_width(ptrdiff_t left) { return left == 4 ? 2 : left < WIDE ? left : WIDE; }
 
+/* One vector of every row of Aᵀ, which are ``gap`` apart; with constants for the strides and the lanes, without a loop. */
+static inline __attribute__((always_inline)) void copy_lanes(
+    const REAL *from, ptrdiff_t row, ptrdiff_t column, ptrdiff_t n, int lanes, REAL *to, ptrdiff_t gap) {
+    for (ptrdiff_t j = 0; j < n; j++)
+        for (int lane = 0; lane < lanes; lane++) to[j * gap + lane] = from[lane * row + j * column];
+}
+
 /* The v-th vector of columns of Aᵀ, where `sweep` reads it; zeros beyond n. */
 static void pack(const Problem *p, REAL *packed, ptrdiff_t v, ptrdiff_t vectors) {
-    ptrdiff_t first = 0, width = panel_width(vectors), n = p->n;
+    ptrdiff_t first = 0, width = panel_width(vectors), n = p->n, row = p->row, column = p->column;
     while (v >= first + width) first += width, width = panel_width(vectors - first);
     REAL *to = packed + (first * n + v - first) * LANES;
-    ptrdiff_t full = n - v * LANES < LANES ? n - v * LANES : LANES;
-    for (ptrdiff_t j = 0; j < n; j++) {
-        const REAL *from = p->A + v * LANES * p->row + j * p->column;
-        AT(to + j * width * LANES) = (Vector){0};
-        for (ptrdiff_t lane = 0; lane < full; lane++) to[j * width * LANES + lane] = from[lane * p->row];
+    const REAL *from = p->A + v * LANES * row;
+    int lanes = n - v * LANES < LANES ? n - v * LANES : LANES;
+    if (p->scaled) {
+        for (ptrdiff_t i = v * LANES; i < v * LANES + lanes; i++)
+            p->scale[i] = shrink(p->A + i * n, p->scaled + i * n, n, p->radius);
+        from = p->scaled + v * LANES * n;
     }
+    if (lanes == LANES && column == 1) return copy_lanes(from, row, 1, n, LANES, to, width * LANES);
+    if (lanes == LANES && row == 1) return copy_lanes(from, 1, column, n, LANES, to, width * LANES);
+    for (ptrdiff_t j = 0; j < n; j++) AT(to + j * width * LANES) = (Vector){0};
+    copy_lanes(from, row, column, n, lanes, to, width * LANES);
 }
 
 /* z = b + x · panel for a few rows; with constants for their number and the width, all sums stay in registers. */
@@ -172,10 +186,10 @@ static int is_zero(const Problem *p, const REAL *x, const REAL *z) {
 /* Evaluation k of a row, of which z has just been computed: look, and step or store. */
 static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at, ptrdiff_t stride, int k) {
     REAL *x = part[X] + at, *z = part[Z] + at, *before = part[BEFORE] + at;
-    int period = p->set->period, remember = k % period == period - 1, extrapolate = k % period == 0;
+    int phi = p->phi, period = p->set->period, remember = k % period == period - 1, extrapolate = k % period == 0;
     Vector size = {0}, change = {0}, dd = {0}, dr = {0};
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
-        Vector fx = activate(p->phi, AT(z + i)), r = fx - AT(x + i);
+        Vector fx = activate(phi, AT(z + i)), r = fx - AT(x + i);
         size += fx * fx;
         change += r * r;
         if (extrapolate) {
@@ -194,10 +208,11 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
     if (extrapolate && status == GOES_ON && sum(dd) > 0)
         /* A residual that all but repeats itself differs by rounding: half the digits' worth is the longest step. */
         gamma = fmin(fmax(sum(dr) / sum(dd), -p->set->longest), p->set->longest);
+    REAL step = gamma, *inner = part[INNER] + at, *slopes = part[SLOPES] + at;
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
-        Vector fx = activate(p->phi, AT(z + i));
-        AT(x + i) = fx - (REAL)gamma * (fx - AT(x + i));
-        if (p->phi == SLOPE) AT(part[INNER] + at + i) = AT(x + i) * AT(part[SLOPES] + at + i);
+        Vector fx = activate(phi, AT(z + i)), next = fx - step * (fx - AT(x + i));
+        AT(x + i) = next;
+        if (phi == SLOPE) AT(inner + i) = next * AT(slopes + i);
     }
     if (status == SLOW) store(p, row, x, z);
     return status;
@@ -207,7 +222,11 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
 static REAL unit_of(const REAL *b, ptrdiff_t n) {
     int exponent, most = sizeof(REAL) == 4 ? 120 : 1000;
     REAL largest = 0;
-    for (ptrdiff_t i = 0; i < n; i++) largest = fabs(b[i]) > largest ? fabs(b[i]) : largest;
+    Vector sizes = {0};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES) sizes = choose(magnitude(AT(b + i)) > sizes, magnitude(AT(b + i)), sizes);
+    for (int lane = 0; lane < LANES; lane++) largest = sizes[lane] > largest ? sizes[lane] : largest;
+    for (; i < n; i++) largest = fabs(b[i]) > largest ? fabs(b[i]) : largest;
     if (!(largest > 0 && largest < INFINITY)) return 1;
     frexp(largest, &exponent);
     return ldexp(1, exponent < -most ? -most : exponent > most ? most : exponent);
@@ -217,9 +236,10 @@ static void load(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t 
     ptrdiff_t from = row->id * p->n;
     *row = (Row){.id = row->id, .unit = p->phi == SLOPE ? unit_of(p->b + from, p->n) : 1, .best = DBL_MAX};
     for (ptrdiff_t i = p->n; i < stride; i++) part[X][at + i] = part[B][at + i] = part[SLOPES][at + i] = 0;
-    for (ptrdiff_t i = 0; i < p->n; i++) part[B][at + i] = p->b[from + i] / row->unit;
+    REAL inverse = 1 / row->unit; /* exact, and so are products with it */
+    for (ptrdiff_t i = 0; i < p->n; i++) part[B][at + i] = p->b[from + i] * inverse;
     if (p->x0)
-        for (ptrdiff_t i = 0; i < p->n; i++) part[X][at + i] = p->x0[from + i] / row->unit;
+        for (ptrdiff_t i = 0; i < p->n; i++) part[X][at + i] = p->x0[from + i] * inverse;
     else
         for (ptrdiff_t i = 0; i < stride; i += LANES) AT(part[X] + at + i) = activate(p->phi, AT(part[B] + at + i));
     if (p->phi != SLOPE) return;

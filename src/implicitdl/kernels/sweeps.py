@@ -26,8 +26,9 @@ class _Settings(ctypes.Structure):
 class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_ssize_t) for name in ("n", "batch", "row", "column")),
-        *((name, ctypes.c_void_p) for name in ("A", "b", "x0", "slope", "x", "slope_at", "residual", "steps")),
-        *((name, ctypes.c_void_p) for name in ("status", "settings")),
+        *((name, ctypes.c_void_p) for name in ("A", "b", "x0", "scaled", "scale", "slope", "x", "slope_at")),
+        *((name, ctypes.c_void_p) for name in ("residual", "steps", "status", "settings")),
+        ("radius", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("phi", "threads")),
     )
 
@@ -40,6 +41,7 @@ class Swept(NamedTuple):
         slope: (batch, n) φ'(xAᵀ + b) where the row is done; None of a map that is linear.
         residual, steps, done: (batch,)
         unsolved: how many rows are not done.
+        scaled: A and the factors (n, 1) of its rows, where the loop has made them.
     """
 
     x: Tensor
@@ -48,6 +50,7 @@ class Swept(NamedTuple):
     steps: Tensor
     done: Tensor
     unsolved: int
+    scaled: tuple[Tensor, Tensor] | None = None
 
     def status(self) -> np.ndarray:
         """SLOW, DONE or STRANGE; where no row is unsolved, ``done`` says the same in bytes that are truth values."""
@@ -56,13 +59,14 @@ class Swept(NamedTuple):
 
 
 def sweeps(
-    A: Tensor, b: Tensor, x0: Tensor | None, phi: int, slope: Tensor | None,
+    A: Tensor, radius: float | None, b: Tensor, x0: Tensor | None, phi: int, slope: Tensor | None,
     rtol: float, atol: float, budget: int, period: int, fast: float, patience: int,
 ) -> Swept | None:  # fmt: skip
     """Iterate every row until it is done or has to be left to another method; None where the loop cannot serve.
 
     Arguments:
         A: (n, n), of any strides.
+        radius: of the ℓ1 ball onto which its rows are shrunk first; None leaves them alone.
         b, x0: (batch, n); without an x0 the start is f(0).
         phi: which φ; with SLOPE, the map is x ↦ b + (x ∘ slope)Aᵀ, and a row of b is solved in units of its size.
         rtol, atol: of ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂.
@@ -72,7 +76,7 @@ def sweeps(
         patience: how many more sweeps a slower row may take by its measured rate.
     """
     states = [t for t in (b, x0, slope) if t is not None]
-    if torch.is_grad_enabled() or not reachable(A, *states):
+    if not reachable(A, *states):
         return None
     dtype, shape = b.dtype, b.shape
     compiled = library("sweeps", dtype)
@@ -89,14 +93,20 @@ def sweeps(
     # From b, because the user's default device may be another one.
     residual, steps = b.new_empty(batch), b.new_empty(batch, dtype=torch.int64)
     done = b.new_empty(batch, dtype=torch.bool)
+    made = None
+    if radius is not None:
+        A = A.contiguous()
+        made = torch.empty_like(A), b.new_empty(n, 1)
+    scaled, scale = made or (None, None)
     settings = _settings(dtype, rtol, atol, budget, period, fast, patience)
     problem = _Problem(
-        n, batch, A.stride(0), A.stride(1), A.data_ptr(), b.data_ptr(), address(x0), address(slope),
+        n, batch, A.stride(0), A.stride(1), A.data_ptr(), b.data_ptr(), address(x0),
+        address(scaled), address(scale), address(slope),
         x.data_ptr(), address(slope_at), residual.data_ptr(), steps.data_ptr(), done.data_ptr(),
-        ctypes.addressof(settings), phi, threads(batch * n * n),
+        ctypes.addressof(settings), radius or 0.0, phi, threads(batch * n * n),
     )  # fmt: skip
     unsolved = compiled.solve(ctypes.byref(problem))
-    return None if unsolved < 0 else Swept(x, slope_at, residual, steps, done, unsolved)
+    return None if unsolved < 0 else Swept(x, slope_at, residual, steps, done, unsolved, made)
 
 
 @functools.lru_cache(maxsize=32)

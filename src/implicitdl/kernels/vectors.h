@@ -24,11 +24,16 @@ static inline Vector choose(Mask which, Vector yes, Vector no) {
     return (Vector)(((Mask)yes & which) | ((Mask)no & ~which));
 }
 
-/* By halves: a chain of additions would take longer than the sweep that it follows. */
+static inline Vector magnitude(Vector v) { return choose(v < 0, -v, v); }
+
+/* In a few instructions: a chain of additions would take longer than the sweep that it follows. */
+typedef REAL Short __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
 static inline double sum(Vector v) {
-    REAL part[LANES];
+    Short part[BYTES / 16], total;
     memcpy(part, &v, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    total = part[0];
+    for (int i = 1; i < BYTES / 16; i++) total += part[i];
+    REAL sum = total[0];
+    for (size_t i = 1; i < 16 / sizeof(REAL); i++) sum += total[i];
+    return sum;
 }

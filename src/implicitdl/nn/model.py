@@ -22,6 +22,7 @@ from ..lowrank import LowRankEquilibrium
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from ..statespace import StateSpace
+from ..weights import ScaledRows
 from . import matrices, pretrained, settings
 from .function import ImplicitFunction, ImplicitFunctionInf
 from .pretrained import Pretrained
@@ -155,13 +156,13 @@ class ImplicitModel(Pretrained):
             (batch, q).
         """
         u = self._input(U)
-        x = self._solve(self.weights(), self._input_term(u), X0).value
+        x = self._solve(self._weights_to_make(), self._input_term(u), X0).value
         return self.read_out(x, u)  # type: ignore[arg-type]
 
     def solve(self, U: Tensor, X0: Tensor | None = None, *, trace: bool = False) -> Solution:
         """The equilibrium state x, (batch, n), with residual, steps and convergence per sample."""
         u = self._input(U)
-        return self._solve(self.weights(), self._input_term(u), X0, trace=trace)
+        return self._solve(self._weights_to_make(), self._input_term(u), X0, trace=trace)
 
     def read_out(self, x: Tensor, u: Tensor) -> Tensor:
         """y = Cx + Du + b_y."""
@@ -173,7 +174,13 @@ class ImplicitModel(Pretrained):
         constraint = self.constraint
         return constraint.factors(self.L, self.R) if isinstance(constraint, LowRank) else (constraint(self.A),)
 
-    def _solve(self, weights: Weights, b: Tensor, X0: Tensor | None, *, trace: bool = False) -> Solution:
+    def _weights_to_make(self) -> Weights | tuple[Tensor | ScaledRows]:
+        """The same, or what makes A on the way of a solve."""
+        return self.weights() if isinstance(self.constraint, LowRank) else (self.constraint.unmade(self.A),)
+
+    def _solve(
+        self, weights: Weights | tuple[Tensor | ScaledRows], b: Tensor, X0: Tensor | None, *, trace: bool = False
+    ) -> Solution:
         equilibrium: Equilibrium
         if len(weights) == 2:
             equilibrium = LowRankEquilibrium(*weights, b, self.activation)
