@@ -19,6 +19,8 @@ LAYERS = [
     ["equilibrium"],
     ["circular", "linearize", "lowrank"],
     ["jacobian", "residual", "solvers"],
+    ["outcome"],
+    ["stage"],
     ["iterate"],
     ["adjoints"],
     ["transforms"],

@@ -13,7 +13,8 @@ from torch import Tensor
 from .._checks import wrong
 from .._context import has_tangent, without_grad
 from ..equilibrium import Linearization, RowMap
-from ..iterate import Outcome, iterate
+from ..iterate import iterate
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure, announce
 from ..solvers import Solver
 from ..solvers.base import precise

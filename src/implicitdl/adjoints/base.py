@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..equilibrium import RowMap
-from ..iterate import Outcome
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 

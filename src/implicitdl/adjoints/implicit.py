@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._checks import wrong
 from ..equilibrium import RowMap
-from ..iterate import Outcome, iterate
+from ..iterate import iterate
 from ..linearize import linearize
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Auto, Solver
 from .backward import BackwardSolve, attached, depends_on_weights

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._checks import positive_int
 from ..equilibrium import RowMap
-from ..iterate import Outcome, iterate
+from ..iterate import iterate
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import check_damping

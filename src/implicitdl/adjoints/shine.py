@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._checks import positive, wrong
 from ..equilibrium import RowMap
-from ..iterate import Outcome, iterate
+from ..iterate import iterate
 from ..linearize import linearize
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.inverse import InverseEstimate

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import wrong
 from ..equilibrium import RowMap
-from ..iterate import Outcome, iterate
+from ..iterate import iterate
+from ..outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from .base import Adjoint

@@ -138,7 +138,7 @@ static int is_slow(const Settings *p, double residual, double previous, int left
     return !(remaining >= 0 && remaining <= (p->patience < left ? p->patience : left));
 }
 
-/* What becomes of a row after evaluation k, from ‖f(x)‖ and ‖f(x) − x‖; `iterate.py` has the reasons. */
+/* What becomes of a row after evaluation k, from ‖f(x)‖ and ‖f(x) − x‖; `residual.py` and `stage.py` have the reasons. */
 static int judge(const Settings *p, Row *row, double size, double change, int k) {
     double floor = p->atol / p->rtol, residual = row->residual = change / (size + floor);
     if (!(size > p->smallest && size < DBL_MAX && change < DBL_MAX)) return STRANGE;

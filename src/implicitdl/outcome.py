@@ -1,0 +1,147 @@
+"""What a solve has found: the figures of every sample while it runs, and the outcome in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .equilibrium import RowMap
+from .indexing import on_device
+from .kernels import sweeps as kernel
+from .kernels.sweeps import Swept
+from .solvers.base import Solver
+from .solvers.inverse import InverseEstimate
+
+# Iterates up to this many numbers are kept whole for the sake of the samples that ended with them: a reference is free.
+_HOLD_UP_TO = 1 << 18
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the loop found: the best iterate of every sample and its figures, as `Solution` describes them.
+
+    Attributes:
+        slope: φ' at x, of an `Equilibrium` that the compiled loop has solved; None otherwise.
+        inverse: (I − J)⁻¹ as the solver knew it when each sample finished; None where the solver estimates none, or
+            it was not asked for.
+    """
+
+    x: Tensor
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+    all_converged: bool
+    trace: Tensor | None
+    rtol: float
+    inverse: InverseEstimate | None = None
+    slope: Tensor | None = None
+
+    @classmethod
+    def of(cls, swept: Swept, solver: Solver) -> Outcome:
+        """That of a compiled loop which has solved every row."""
+        x, slope, residual, steps, done, *_ = swept
+        return cls(x, residual, steps, done, True, None, solver.tolerance(x.dtype), None, slope)
+
+    def of_each(self, samples: int) -> Outcome:
+        """The figures of the one row that holds a coupled batch, as those of every sample in it."""
+        figures = {name: getattr(self, name).expand(samples) for name in ("residual", "steps", "converged")}
+        trace = None if self.trace is None else self.trace.expand(-1, samples)
+        return replace(self, **figures, trace=trace)
+
+
+class Results:
+    """The figures of the whole batch, kept on the host, and what every finished sample ended with."""
+
+    def __init__(self, f: RowMap, x: Tensor, solver: Solver, trace: bool, keep_inverse: bool) -> None:
+        batch = x.shape[0]
+        self.solver = solver
+        # That of f where it is less than that of its values: under autocast.
+        self.precision: torch.dtype | None = getattr(f, "precision", None)
+        self.set_tolerance(x.dtype)
+        self.residual = np.full(batch, np.inf)
+        self.steps = np.zeros(batch, dtype=np.int64)
+        self.converged = np.zeros(batch, dtype=bool)
+        self.outside = np.zeros(batch, dtype=bool)  # whose products the dtype does not hold
+        self.first_size: np.ndarray | None = None
+        self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
+        # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
+        self._finished: list[tuple[np.ndarray, np.ndarray | None, Tensor]] = []
+        self.keep_inverse = keep_inverse
+        self._inverses: list[tuple[Tensor, InverseEstimate]] = []
+
+    def set_tolerance(self, dtype: torch.dtype) -> None:
+        """That of values of this dtype, or the coarser one of the precision that they are computed in."""
+        own = self.solver.tolerance(dtype)
+        self.rtol = own if self.precision is None else max(own, self.solver.tolerance(self.precision))
+
+    def take_outside(self) -> np.ndarray:
+        rows = self.outside.nonzero()[0]
+        self.outside[:] = False
+        return rows
+
+    def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
+        """Store the value and the residual of those of ``rows`` that ``which`` marks."""
+        if which.all():
+            self._finished.append((rows, None, x))
+            self.residual[rows] = residual
+            return
+        ended = which.nonzero()[0]
+        self.residual[rows[ended]] = residual[ended]
+        if x.numel() > _HOLD_UP_TO:
+            self._finished.append((rows[ended], None, x.index_select(0, on_device(ended, x))))
+        else:
+            self._finished.append((rows[ended], ended, x))
+
+    def take_over(self, x: Tensor, swept: Swept) -> tuple[Tensor, np.ndarray]:
+        """Keep what a compiled loop has solved; the other rows, and where the next stage is to start."""
+        status, rows = swept.status(), np.arange(len(self.residual))
+        done = status == kernel.DONE
+        self.steps = swept.steps.numpy()
+        self.converged = done
+        if done.any():
+            self.finish(rows, done, swept.x, swept.residual.numpy())
+        return torch.where(on_device((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
+
+    def keep(self, rows: np.ndarray, which: np.ndarray, inverse: InverseEstimate | None) -> None:
+        """Store the inverse estimate of those of ``rows`` that ``which`` marks."""
+        if inverse is not None:
+            self._inverses.append(
+                (on_device(rows[which], inverse.left), inverse.take(on_device(which.nonzero()[0], inverse.left)))
+            )
+
+    def outcome(self) -> Outcome:
+        x = self._values()
+        figures = np.float64 if x.dtype == torch.float64 else np.float32
+        trace = self.trace
+        if trace is not None:
+            trace = trace[: max(int(self.steps.max()), 1)]
+        return Outcome(
+            x=x,
+            residual=on_device(self.residual.astype(figures), x),
+            steps=on_device(self.steps, x),
+            converged=on_device(self.converged, x),
+            all_converged=bool(self.converged.all()),
+            trace=None if trace is None else on_device(trace.astype(figures), x),
+            rtol=self.rtol,
+            inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
+        )
+
+    def _values(self) -> Tensor:
+        *earlier, (rows, inside, x) = self._finished
+        batch = len(self.residual)
+        if len(x) == batch and all(len(held) == batch for _, _, held in earlier):
+            # Nobody was taken out of the batch: every row stands at its own place in every tensor.
+            for rows, _, held in earlier:
+                mask = np.zeros((batch, 1), dtype=bool)
+                mask[rows] = True
+                x = torch.where(on_device(mask, x), held, x)
+            return x
+        place = np.empty(batch, dtype=np.int64)
+        offset = 0
+        for rows, inside, x in self._finished:
+            place[rows] = (np.arange(len(rows)) if inside is None else inside) + offset
+            offset += len(x)
+        return torch.cat([x for _, _, x in self._finished]).index_select(0, on_device(place, x))
