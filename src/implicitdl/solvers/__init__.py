@@ -1,4 +1,4 @@
-"""The solver family: each is a frozen dataclass of its settings with `init` and `step`; the loop is iterate.py and stage.py."""
+"""The solver family: each is a frozen dataclass of its settings with `init` and `step`; the loop is in stage.py."""
 
 from .aitken import Aitken
 from .anderson import Anderson
