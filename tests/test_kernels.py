@@ -164,7 +164,7 @@ class TestSolutions:
         exact = torch.linalg.solve(matrices, g.double())
         # ‖v − v*‖ ≤ ‖(I − Jᵀ)⁻¹‖ ‖f(v) − v‖.
         amplified = 2 * RTOL[problem.dtype] * torch.linalg.matrix_norm(torch.linalg.inv(matrices), 2)
-        assert outcome.converged.all()
+        assert outcome.figures.converged.all()
         error = (outcome.x.double() - exact).norm(dim=1) / exact.norm(dim=1)
         assert (error <= amplified).all()
 

@@ -63,7 +63,7 @@ class TestIterates:
             plain = solve(f, solver)
         # Both round, and the least squares multiplies that by the condition of a memory of nearly parallel vectors.
         assert torch.allclose(compiled.x, plain.x, rtol=1e-6, atol=1e-8)
-        assert torch.equal(compiled.steps, plain.steps)
+        assert torch.equal(compiled.figures.steps, plain.figures.steps)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("memory", [1, 5, 12])
@@ -74,9 +74,9 @@ class TestIterates:
         with torch_alone():
             plain = solve(f, solver)
         assert compiled.all_converged
-        assert abs(compiled.steps - plain.steps).max() <= 2
+        assert abs(compiled.figures.steps - plain.figures.steps).max() <= 2
         change = (f(compiled.x) - compiled.x).norm(dim=1) / f(compiled.x).norm(dim=1)
-        assert torch.allclose(compiled.residual, change, rtol=1e-3)
+        assert torch.allclose(compiled.figures.residual, change, rtol=1e-3)
 
     def test_restart_where_the_residual_grows(self):
         # Expanding: the residual doubles until the memory holds what it takes.
@@ -85,8 +85,8 @@ class TestIterates:
         compiled = solve(f, solver)
         with torch_alone():
             plain = solve(f, solver)
-        assert torch.equal(compiled.converged, plain.converged)
-        assert torch.equal(compiled.steps, plain.steps)
+        assert torch.equal(compiled.figures.converged, plain.figures.converged)
+        assert torch.equal(compiled.figures.steps, plain.figures.steps)
 
     def test_a_longer_memory_than_it_has_room_for_is_left_to_torch(self):
         x = torch.zeros(2, 3)
@@ -117,8 +117,8 @@ class TestSamplesAlone:
             with threads(1):
                 alone = solve(Elementwise(b[i : i + 1], slowest), Anderson())
             assert torch.equal(alone.x[0], together.x[i])
-            assert int(alone.steps) == int(together.steps[i])
-            assert float(alone.residual) == float(together.residual[i])
+            assert int(alone.figures.steps) == int(together.figures.steps[i])
+            assert float(alone.figures.residual) == float(together.figures.residual[i])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_a_lost_sample_disturbs_nobody(self, bad):
@@ -126,9 +126,9 @@ class TestSamplesAlone:
         expected = solve(Equilibrium(A, b, IDENTITY), Anderson())
         b[1, 2] = bad
         found = solve(Equilibrium(A, b, IDENTITY), Anderson())
-        assert found.converged.tolist() == [True, False, True]
+        assert found.figures.converged.tolist() == [True, False, True]
         assert torch.equal(found.x[[0, 2]], expected.x[[0, 2]])
-        assert torch.equal(found.steps[[0, 2]], expected.steps[[0, 2]])
+        assert torch.equal(found.figures.steps[[0, 2]], expected.figures.steps[[0, 2]])
 
     def test_values_that_are_not_contiguous(self):
         b = torch.linspace(-1, 1, 4 * 50).view(4, 50)

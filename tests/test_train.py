@@ -245,7 +245,7 @@ class Announcing(nn.Module):
         converged = torch.ones(n, dtype=torch.bool)
         converged[0] = False
         steps = torch.full((n,), self.calls)
-        solution.announce("Fake", direction, torch.ones(n), steps, converged, False, 1e-5, 9, "warn")
+        solution.announce("Fake", direction, solution.Measured(torch.ones(n), steps, converged), False, 1e-5, 9, "warn")
 
     def forward(self, u):
         self.calls += 1

@@ -492,7 +492,7 @@ def test_misses_are_as_loud_inside_and_monitors_see_every_solve():
     with Monitor() as monitor:
         vmap(grad(lambda b: fixed_point(Equilibrium(A, b), torch.zeros_like(b)).value.sum()))(b)
     assert monitor.samples == 3
-    assert [len(steps) for steps, _ in monitor.backward] == [3]
+    assert [len(figures.steps) for figures in monitor.backward] == [3]
 
 
 def test_a_sample_that_is_not_finite_is_reported_where_it_cannot_be_checked():

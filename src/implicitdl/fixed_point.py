@@ -99,15 +99,12 @@ def fixed_point(
     rows, outcome = adjoint.solve(problem, start, solver, on_failure, trace, report)
     if isinstance(problem, RowsOf) and problem.samples is not None:
         outcome = outcome.of_each(problem.samples)
-    announce(
-        who, "forward", outcome.residual, outcome.steps, outcome.converged, outcome.all_converged, outcome.rtol,
-        solver.max_steps, on_failure,
-    )  # fmt: skip
+    announce(who, "forward", outcome.figures, outcome.all_converged, outcome.rtol, solver.max_steps, on_failure)
     if isinstance(problem, RowsOf):
         problem.settle()
     if rows is start:  # x0 was the solution; the user may go on to change either in place
         rows = rows.clone()
-    return Solution(problem.leave(rows), outcome.residual, outcome.steps, outcome.converged, outcome.trace, report)
+    return Solution(value=problem.leave(rows), figures=outcome.figures, backward=report)
 
 
 def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> Solution:

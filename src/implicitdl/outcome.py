@@ -12,6 +12,7 @@ from .equilibrium import RowMap
 from .indexing import on_device
 from .kernels import sweeps as kernel
 from .kernels.sweeps import Swept
+from .solution import Figures, Measured
 from .solvers.base import Solver
 from .solvers.inverse import InverseEstimate
 
@@ -30,11 +31,8 @@ class Outcome:
     """
 
     x: Tensor
-    residual: Tensor
-    steps: Tensor
-    converged: Tensor
+    figures: Figures
     all_converged: bool
-    trace: Tensor | None
     rtol: float
     inverse: InverseEstimate | None = None
     slope: Tensor | None = None
@@ -42,14 +40,14 @@ class Outcome:
     @classmethod
     def of(cls, swept: Swept, solver: Solver) -> Outcome:
         """That of a compiled loop which has solved every row."""
-        x, slope, residual, steps, done, *_ = swept
-        return cls(x, residual, steps, done, True, None, solver.tolerance(x.dtype), None, slope)
+        return cls(swept.x, swept.figures, True, solver.tolerance(swept.x.dtype), None, swept.slope)
 
     def of_each(self, samples: int) -> Outcome:
         """The figures of the one row that holds a coupled batch, as those of every sample in it."""
-        figures = {name: getattr(self, name).expand(samples) for name in ("residual", "steps", "converged")}
-        trace = None if self.trace is None else self.trace.expand(-1, samples)
-        return replace(self, **figures, trace=trace)
+        one = self.figures
+        trace = None if one.trace is None else one.trace.expand(-1, samples)
+        each = Measured(one.residual.expand(samples), one.steps.expand(samples), one.converged.expand(samples), trace)
+        return replace(self, figures=each)
 
 
 class Results:
@@ -97,12 +95,12 @@ class Results:
 
     def take_over(self, x: Tensor, swept: Swept) -> tuple[Tensor, np.ndarray]:
         """Keep what a compiled loop has solved; the other rows, and where the next stage is to start."""
-        status, rows = swept.status(), np.arange(len(self.residual))
+        status, rows = swept.figures.status(), np.arange(len(self.residual))
         done = status == kernel.DONE
-        self.steps = swept.steps.numpy()
+        self.steps = swept.figures.steps.numpy()
         self.converged = done
         if done.any():
-            self.finish(rows, done, swept.x, swept.residual.numpy())
+            self.finish(rows, done, swept.x, swept.figures.residual.numpy())
         return torch.where(on_device((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
 
     def keep(self, rows: np.ndarray, which: np.ndarray, inverse: InverseEstimate | None) -> None:
@@ -114,17 +112,20 @@ class Results:
 
     def outcome(self) -> Outcome:
         x = self._values()
-        figures = np.float64 if x.dtype == torch.float64 else np.float32
+        precision = np.float64 if x.dtype == torch.float64 else np.float32
         trace = self.trace
         if trace is not None:
             trace = trace[: max(int(self.steps.max()), 1)]
-        return Outcome(
-            x=x,
-            residual=on_device(self.residual.astype(figures), x),
+        measured = Measured(
+            residual=on_device(self.residual.astype(precision), x),
             steps=on_device(self.steps, x),
             converged=on_device(self.converged, x),
+            trace=None if trace is None else on_device(trace.astype(precision), x),
+        )
+        return Outcome(
+            x=x,
+            figures=measured,
             all_converged=bool(self.converged.all()),
-            trace=None if trace is None else on_device(trace.astype(figures), x),
             rtol=self.rtol,
             inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
         )

@@ -6,7 +6,7 @@ import threading
 import warnings
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,51 +24,105 @@ class ConvergenceError(RuntimeError):
     """An equilibrium was not found to the tolerance and ``on_failure="raise"`` was asked for."""
 
 
+class Figures(Protocol):
+    """What a solve says of every sample; `Report` has the meaning."""
+
+    @property
+    def residual(self) -> Tensor: ...
+
+    @property
+    def steps(self) -> Tensor: ...
+
+    @property
+    def converged(self) -> Tensor: ...
+
+    @property
+    def trace(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`Figures` that are there."""
+
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+    trace: Tensor | None = None
+
+
 @dataclass
 class BackwardReport:
     """The figures of the adjoint solve v = g + Jᵀv; all None until backward has run."""
 
-    residual: Tensor | None = None
-    steps: Tensor | None = None
-    converged: Tensor | None = None
-    trace: Tensor | None = None
+    figures: Figures | None = None
+
+    @property
+    def residual(self) -> Tensor | None:
+        return None if self.figures is None else self.figures.residual
+
+    @property
+    def steps(self) -> Tensor | None:
+        return None if self.figures is None else self.figures.steps
+
+    @property
+    def converged(self) -> Tensor | None:
+        return None if self.figures is None else self.figures.converged
+
+    @property
+    def trace(self) -> Tensor | None:
+        return None if self.figures is None else self.figures.trace
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The solution of x = f(x, *args), one row per sample, and how well it was found.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How well a solution of x = f(x, *args) was found, without its value and its graph.
 
     Attributes:
-        value: the state, (batch, \\*state), or a tuple of such; it carries the gradient.
-        residual: (batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of *this* value; inf where f is not finite, and 1 at
-            least where the state has grown until its tolerance exceeds every step it took, and steps do not shorten.
-        steps: (batch,) evaluations of f spent on the sample.
-        converged: (batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, that is, whether residual ≤ rtol.
-        trace: (checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for.
+        figures: what the properties below read.
         backward: the same figures of the adjoint solve, filled when backward runs.
     """
 
-    value: Tensor | tuple[Tensor, ...]
-    residual: Tensor
-    steps: Tensor
-    converged: Tensor
-    trace: Tensor | None = None
+    figures: Figures
     backward: BackwardReport = field(default_factory=BackwardReport)
+
+    @property
+    def residual(self) -> Tensor:
+        """(batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of the value that is returned.
+
+        It is inf where f is not finite, and 1 at least where the state has grown until its tolerance exceeds every
+        step it took, and steps do not shorten.
+        """
+        return self.figures.residual
+
+    @property
+    def steps(self) -> Tensor:
+        """(batch,) evaluations of f spent on the sample."""
+        return self.figures.steps
+
+    @property
+    def converged(self) -> Tensor:
+        """(batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, that is, whether residual ≤ rtol."""
+        return self.figures.converged
+
+    @property
+    def trace(self) -> Tensor | None:
+        """(checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for."""
+        return self.figures.trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Report):
+    """The solution of x = f(x, *args), one row per sample, and the `Report` of how well it was found.
+
+    Attributes:
+        value: the state, (batch, \\*state), or a tuple of such; it carries the gradient.
+    """
+
+    value: Tensor | tuple[Tensor, ...]
 
     def report(self) -> Report:
         """The figures without the value; those of the backward solve still arrive when it runs."""
-        return Report(self.residual, self.steps, self.converged, self.trace, self.backward)
-
-
-@dataclass(frozen=True)
-class Report:
-    """The figures of a `Solution`, which hold neither its value nor a graph."""
-
-    residual: Tensor
-    steps: Tensor
-    converged: Tensor
-    trace: Tensor | None
-    backward: BackwardReport
+        return Report(figures=self.figures, backward=self.backward)
 
 
 class Monitor:
@@ -86,8 +140,8 @@ class Monitor:
     """
 
     def __init__(self) -> None:
-        self.forward: list[tuple[Tensor, Tensor]] = []
-        self.backward: list[tuple[Tensor, Tensor]] = []
+        self.forward: list[Figures] = []
+        self.backward: list[Figures] = []
 
     def __enter__(self) -> Monitor:
         _open.append(self)
@@ -101,7 +155,7 @@ class Monitor:
     @property
     def samples(self) -> int:
         """Samples solved forward (a sample solved twice counts twice)."""
-        return sum(steps.numel() for steps, _ in self.forward)
+        return sum(figures.steps.numel() for figures in self.forward)
 
     @property
     def forward_steps(self) -> float:
@@ -116,14 +170,14 @@ class Monitor:
     @property
     def missed(self) -> float:
         """Share of the samples, forward and backward, that did not reach the tolerance."""
-        reports = self.forward + self.backward
-        total = sum(converged.numel() for _, converged in reports)
-        return sum(int((~converged).sum()) for _, converged in reports) / total if total else 0.0
+        verdicts = [figures.converged for figures in self.forward + self.backward]
+        total = sum(converged.numel() for converged in verdicts)
+        return sum(int((~converged).sum()) for converged in verdicts) / total if total else 0.0
 
 
-def _mean_steps(reports: list[tuple[Tensor, Tensor]]) -> float:
-    total = sum(steps.numel() for steps, _ in reports)
-    return sum(int(steps.sum()) for steps, _ in reports) / total if total else float("nan")
+def _mean_steps(solves: list[Figures]) -> float:
+    total = sum(figures.steps.numel() for figures in solves)
+    return sum(int(figures.steps.sum()) for figures in solves) / total if total else float("nan")
 
 
 # Not thread-local: autograd runs backward on threads of its own, and the adjoint's report belongs to the
@@ -135,9 +189,7 @@ _lock = threading.Lock()
 def announce(
     who: str,
     direction: Literal["forward", "backward"],
-    residual: Tensor,
-    steps: Tensor,
-    converged: Tensor,
+    figures: Figures,
     all_converged: bool,
     rtol: float,
     max_steps: int,
@@ -147,9 +199,10 @@ def announce(
     if _open:
         with _lock:
             for monitor in _open:
-                getattr(monitor, direction).append((steps, converged))
+                getattr(monitor, direction).append(figures)
     if all_converged or on_failure == "ignore":
         return
+    residual, converged = figures.residual, figures.converged
     missed, lost = int((~converged).sum()), int(torch.isinf(residual).sum())
     advice = "Raise max_steps, or check that the map is a contraction."
     if lost:

@@ -29,7 +29,7 @@ from .adjoints.guard import beyond_order
 from .equilibrium import Equilibrium, Explicit, RowMap
 from .iterate import iterate
 from .linearize import linearize
-from .solution import BackwardReport, OnFailure, Solution, announce
+from .solution import BackwardReport, Measured, OnFailure, Solution, announce
 from .solvers import Solver
 
 
@@ -59,7 +59,8 @@ def solve(who: str, f: Any, x0: Any, solver: Solver, adjoint: Adjoint, on_failur
     require_constant(explicit.build(*constants)(start), refusal)
     settings = _Settings(explicit.build, len(explicit.weights), who, solver, adjoint, on_failure, trace)
     x, residual, steps, converged, residuals = _Solve.apply(_State(settings, adjoint.order), *tensors)
-    return Solution(problem.leave(x), residual, steps, converged, residuals.t() if trace else None)
+    figures = Measured(residual, steps, converged, residuals.t() if trace else None)
+    return Solution(value=problem.leave(x), figures=figures)
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,15 @@ class _State(_Equation):
         s = self.settings
         *theta, x0 = tensors
         outcome = iterate(s.build(*theta), x0, s.solver, trace=s.trace)
-        announce(
-            s.who, "forward", outcome.residual, outcome.steps, outcome.converged, outcome.all_converged, outcome.rtol,
-            s.solver.max_steps, s.on_failure,
-        )  # fmt: skip
+        figures = outcome.figures
+        announce(s.who, "forward", figures, outcome.all_converged, outcome.rtol, s.solver.max_steps, s.on_failure)
         # The length of a trace is a matter of its numbers, which the transforms that stand above cannot see.
-        trace = outcome.residual.new_full((len(x0), s.solver.max_steps if s.trace else 0), torch.nan)
-        if outcome.trace is not None:
-            trace[:, : len(outcome.trace)] = outcome.trace.t()
+        trace = figures.residual.new_full((len(x0), s.solver.max_steps if s.trace else 0), torch.nan)
+        if figures.trace is not None:
+            trace[:, : len(figures.trace)] = figures.trace.t()
         # What a Function returns must not be what it was given.
         x = outcome.x.clone() if outcome.x is x0 else outcome.x
-        return x, outcome.residual, outcome.steps, outcome.converged, trace
+        return x, figures.residual, figures.steps, figures.converged, trace
 
     def value(self, y: Tensor, *tensors: Tensor) -> Tensor:
         return self.settings.build(*tensors[:-1])(y)

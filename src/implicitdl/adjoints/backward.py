@@ -65,11 +65,10 @@ class BackwardSolve:
                 )
             if self.samples is not None:
                 outcome = outcome.of_each(self.samples)
-            report.residual, report.steps = outcome.residual, outcome.steps
-            report.converged, report.trace = outcome.converged, outcome.trace
+            report.figures = outcome.figures
             announce(
-                f"{which}({type(self.solver).__name__})", "backward", outcome.residual, outcome.steps,
-                outcome.converged, outcome.all_converged, outcome.rtol, self.solver.max_steps, self.on_failure,
+                f"{which}({type(self.solver).__name__})", "backward", outcome.figures, outcome.all_converged,
+                outcome.rtol, self.solver.max_steps, self.on_failure,
             )  # fmt: skip
             return outcome.x if scale is None else outcome.x * scale
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -33,29 +33,57 @@ class _Problem(ctypes.Structure):
     )
 
 
+class SweptFigures:
+    """What the loop says of every row, in the bytes that it wrote: tensors are made of them when somebody looks."""
+
+    trace = None
+
+    def __init__(self, batch: int, dtype: torch.dtype) -> None:
+        self._batch, self._dtype = batch, dtype
+        self._bytes = bytearray(17 * batch)  # steps, residuals, statuses
+        at = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
+        self.addresses = at, at + 8 * batch, at + 16 * batch
+
+    @cached_property
+    def steps(self) -> Tensor:
+        return self._column(0, np.int64)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        return self._column(8, np.float32 if self._dtype == torch.float32 else np.float64)
+
+    @cached_property
+    def converged(self) -> Tensor:
+        """Where every row is done: then the statuses are truth values."""
+        return self._column(16, np.bool_)
+
+    def status(self) -> np.ndarray:
+        """SLOW, DONE or STRANGE."""
+        return self._column(16, np.uint8).numpy()
+
+    def _column(self, offset: int, dtype: type) -> Tensor:
+        return torch.from_numpy(np.frombuffer(self._bytes, dtype, self._batch, offset * self._batch))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(residual={self.residual}, steps={self.steps}, status={self.status()})"
+
+
 class Swept(NamedTuple):
     """What the loop made of every row.
 
     Attributes:
         x: (batch, n) the solution of a row that is done; f of the best point of one that is SLOW; else of no use.
         slope: (batch, n) φ'(xAᵀ + b) where the row is done; None of a map that is linear.
-        residual, steps, done: (batch,)
+        figures: residual and steps, (batch,), and what became of it.
         unsolved: how many rows are not done.
         scaled: A and the factors (n, 1) of its rows, where the loop has made them.
     """
 
     x: Tensor
     slope: Tensor | None
-    residual: Tensor
-    steps: Tensor
-    done: Tensor
+    figures: SweptFigures
     unsolved: int
-    scaled: tuple[Tensor, Tensor] | None = None
-
-    def status(self) -> np.ndarray:
-        """SLOW, DONE or STRANGE; where no row is unsolved, ``done`` says the same in bytes that are truth values."""
-        status: np.ndarray = self.done.view(torch.uint8).numpy()
-        return status
+    scaled: tuple[Tensor, Tensor] | None
 
 
 def sweeps(
@@ -90,26 +118,26 @@ def sweeps(
     x0 = None if x0 is None else x0.contiguous()
     slope = None if slope is None else slope.contiguous()
     x, slope_at = torch.empty_like(b), torch.empty_like(b) if slope is None else None
-    # From b, because the user's default device may be another one.
-    residual, steps = b.new_empty(batch), b.new_empty(batch, dtype=torch.int64)
-    done = b.new_empty(batch, dtype=torch.bool)
+    figures = SweptFigures(batch, dtype)
+    steps, residual, status = figures.addresses
     made = None
     if radius is not None:
         A = A.contiguous()
+        # From b, because the user's default device may be another one.
         made = torch.empty_like(A), b.new_empty(n, 1)
     scaled, scale = made or (None, None)
     settings = _settings(dtype, rtol, atol, budget, period, fast, patience)
     problem = _Problem(
         n, batch, A.stride(0), A.stride(1), A.data_ptr(), b.data_ptr(), address(x0),
         address(scaled), address(scale), address(slope),
-        x.data_ptr(), address(slope_at), residual.data_ptr(), steps.data_ptr(), done.data_ptr(),
+        x.data_ptr(), address(slope_at), residual, steps, status,
         ctypes.addressof(settings), radius or 0.0, phi, threads(batch * n * n),
     )  # fmt: skip
     unsolved = compiled.solve(ctypes.byref(problem))
-    return None if unsolved < 0 else Swept(x, slope_at, residual, steps, done, unsolved, made)
+    return None if unsolved < 0 else Swept(x, slope_at, figures, unsolved, made)
 
 
-@functools.lru_cache(maxsize=32)
+@lru_cache(maxsize=32)
 def _settings(
     dtype: torch.dtype, rtol: float, atol: float, budget: int, period: int, fast: float, patience: int
 ) -> _Settings:

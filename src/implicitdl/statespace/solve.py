@@ -12,7 +12,7 @@ from ..activations import Activation
 from ..adjoints import Adjoint
 from ..equilibrium import Equilibrium
 from ..fixed_point import fixed_point
-from ..solution import BackwardReport, OnFailure, Solution
+from ..solution import BackwardReport, Measured, OnFailure, Solution
 from ..solvers import Solver
 from .blocks import Block, joined
 from .graph import components
@@ -148,9 +148,11 @@ def _joined(x: Tensor, solved: Sequence[Solution]) -> Solution:
     none = torch.zeros(len(x), dtype=figures, device=x.device).masked_fill(~finite, torch.inf)
     once = torch.ones(len(x), dtype=torch.int64, device=x.device)
     return Solution(
-        x,
-        torch.stack([none, *(part.residual for part in solved)]).amax(0),
-        torch.stack([once, *(part.steps for part in solved)]).amax(0),
-        torch.stack([finite, *(part.converged for part in solved)]).all(0),
+        value=x,
+        figures=Measured(
+            torch.stack([none, *(part.residual for part in solved)]).amax(0),
+            torch.stack([once, *(part.steps for part in solved)]).amax(0),
+            torch.stack([finite, *(part.converged for part in solved)]).all(0),
+        ),
         backward=solved[0].backward if len(solved) == 1 else BackwardReport(),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import ArgumentError, wrong
-from ..solution import Monitor
+from ..solution import Figures, Monitor
 
 Metric = Callable[[Any, Tensor], Tensor]
 
@@ -150,12 +150,12 @@ def _together(kept: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:
     return list(zip(values, counts, strict=True))
 
 
-def _drain(reports: list[tuple[Tensor, Tensor]], into: list[int]) -> None:
-    """Add up a monitor's reports and let them go: an epoch of them is not kept."""
-    if reports:
-        steps = torch.cat([steps.reshape(-1) for steps, _ in reports])
-        converged = torch.cat([converged.reshape(-1) for _, converged in reports])
-        reports.clear()
+def _drain(solves: list[Figures], into: list[int]) -> None:
+    """Add up a monitor's figures and let them go: an epoch of them is not kept."""
+    if solves:
+        steps = torch.cat([figures.steps.reshape(-1) for figures in solves])
+        converged = torch.cat([figures.converged.reshape(-1) for figures in solves])
+        solves.clear()
         into[0] += int(steps.sum())
         into[1] += steps.numel()
         into[2] += int((~converged).sum())
