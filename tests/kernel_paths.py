@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from implicitdl.kernels import anderson, build, rows, sweeps
+from implicitdl.kernels import anderson, build, pull, rows, sweeps
 
 
 @contextmanager
@@ -17,6 +17,7 @@ def torch_alone() -> Iterator[None]:
     with (
         mock.patch.object(sweeps, "library", return_value=None),
         mock.patch.object(rows, "_typed", return_value=None),
+        mock.patch.object(pull, "_typed", return_value=None),
         mock.patch.object(anderson, "library", return_value=None),
     ):
         yield

@@ -713,7 +713,7 @@ class TestBuild:
         assert len(self.kept()) == 1
 
     @pytest.mark.parametrize("real", ["float int32_t", "double int64_t"])
-    @pytest.mark.parametrize("name", ["sweeps", "rows"])
+    @pytest.mark.parametrize("name", ["sweeps", "rows", "pull", "anderson"])
     def test_no_warnings(self, name, real, tmp_path):
         dtype, integer = real.split()
         strict = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp"]

@@ -40,6 +40,11 @@ def plain() -> bool:
     return not (transformed() or forward_ad._current_level >= 0 or torch.compiler.is_compiling())
 
 
+def only_numbers(g: Tensor) -> bool:
+    """Whether a backward pass may compute with the numbers of g alone: nobody differentiates it, and g is one."""
+    return plain() and not torch.is_grad_enabled() and not batched_by_autograd(g)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What products are computed in here; None outside of autocast."""
     kind = device.type

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._context import only_numbers
 from .activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from .kernels import sweeps as kernel
+from .kernels.pull import pull
 from .kernels.sweeps import Swept
 from .resolvent import bounds, resolvent
 from .weights import Given, ScaledRows, Weight
@@ -195,8 +197,14 @@ class EquilibriumLinearization:
 
     def pull(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The cotangents of `weights` that a cotangent v of the value at x makes."""
+        weight = self._f.weight
+        if only_numbers(v):
+            _, scale = weight.made or (None, None)
+            pulled = pull(v, self.slope, x, None if scale is None else weight.source, scale, weight.radius or 0.0)
+            if pulled is not None:
+                return pulled
         w = v * self.slope
-        return self._f.weight.pull(w.t() @ x), w
+        return weight.pull(w.t() @ x), w
 
     def jacobian(self, rows: Tensor) -> Tensor:
         """J of the samples ``rows``, (len(rows), n, n)."""

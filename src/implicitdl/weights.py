@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import batched_by_autograd, plain
+from ._context import only_numbers, plain
 from .kernels import rows as kernel
 
 
@@ -29,6 +29,7 @@ class Given:
     """
 
     radius: float | None = None
+    made = None
 
     def __init__(self, A: Tensor) -> None:
         self.source = A
@@ -118,7 +119,7 @@ def _pull(v: Tensor, scale: Tensor, g: Tensor, radius: float) -> Tensor:
 
     In differentiable operations of v, s included, when a second derivative is to be taken.
     """
-    if plain() and not torch.is_grad_enabled() and not batched_by_autograd(g):
+    if only_numbers(g):
         product = kernel.scale_rows_vjp(v, scale, g, radius)
         if product is not None:
             return product

@@ -16,18 +16,8 @@ void scale_rows(const REAL *v, REAL *a, REAL *scale, ptrdiff_t rows, ptrdiff_t c
 void scale_rows_vjp(const REAL *v, const REAL *scale, const REAL *g, REAL *out, ptrdiff_t rows, ptrdiff_t columns,
                     double radius, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (ptrdiff_t i = 0; i < rows; i++) {
-        const REAL *vi = v + i * columns, *gi = g + i * columns;
-        REAL *to = out + i * columns, s = scale[i], along = 0;
-        if (s != 1) {
-            Vector products = {0};
-            ptrdiff_t j = 0;
-            for (; j + LANES <= columns; j += LANES) products += AT(vi + j) * AT(gi + j);
-            for (along = sum(products); j < columns; j++) along += vi[j] * gi[j];
-            along *= s * s / radius;
-        }
-        for (ptrdiff_t j = 0; j < columns; j++) to[j] = s * gi[j] - along * ((vi[j] > 0) - (vi[j] < 0));
-    }
+    for (ptrdiff_t i = 0; i < rows; i++)
+        shrink_vjp(v + i * columns, scale[i], g + i * columns, out + i * columns, columns, radius);
 }
 
 /* A number minus itself is 0 unless it is infinite or NaN. */
