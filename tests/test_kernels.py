@@ -26,9 +26,9 @@ from implicitdl import Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Soluti
 from implicitdl._checks import ArgumentError
 from implicitdl.activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from implicitdl.constraints import RowScaling, Unconstrained
-from implicitdl.equilibrium import EquilibriumAdjoint
 from implicitdl.iterate import iterate
 from implicitdl.kernels import build, rows, sweeps
+from implicitdl.linear_maps import EquilibriumAdjoint
 from implicitdl.solvers import aitken
 from implicitdl.weights import row_scale
 from kernel_paths import threads, torch_alone

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ._checks import wrong
 from .activations import RELU, Activation
-from .equilibrium import Equilibrium, EquilibriumAdjoint, Explicit
+from .equilibrium import Equilibrium
+from .linear_maps import EquilibriumAdjoint
 from .resolvent import finite_weights
+from .rowmap import Explicit
 
 
 def transfer(kernel: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .equilibrium import RowMap
 from .kernels.sweeps import Swept
 from .outcome import Outcome, Results
+from .rowmap import RowMap
 from .solvers.base import Solver
 from .stage import Stage
 from .units import in_units

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._context import autocast_dtype
-from .equilibrium import Linearization, RowMap
+from .rowmap import Linearization, RowMap
 
 
 def linearize(f: RowMap, x: Tensor, slope: Tensor | None = None) -> Linearization | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .activations import RELU, Activation
-from .equilibrium import Equilibrium, Explicit, check_interval
+from .equilibrium import Equilibrium
+from .rowmap import Explicit, check_interval
 
 
 class LowRankEquilibrium(Equilibrium):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .equilibrium import RowMap
 from .indexing import on_device
 from .kernels import sweeps as kernel
 from .kernels.sweeps import Swept
+from .rowmap import RowMap
 from .solution import Figures, Measured
 from .solvers.base import Solver
 from .solvers.inverse import InverseEstimate

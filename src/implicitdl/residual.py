@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .equilibrium import RowMap
 from .indexing import on_host, select
 from .kernels import rows as kernel
+from .rowmap import RowMap
 from .units import InUnits
 
 # Norms from here on have squares that are neither zero nor without digits.

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .equilibrium import RowMap
 from .indexing import on_device, put, select
 from .outcome import Results
 from .residual import Residual
+from .rowmap import RowMap
 from .solvers.base import Solver
 from .units import InUnits
 

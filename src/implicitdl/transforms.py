@@ -26,9 +26,10 @@ from ._context import require_constant
 from .adjoints import Adjoint, ImplicitAdjoint
 from .adjoints.backward import BackwardSolve
 from .adjoints.guard import beyond_order
-from .equilibrium import Equilibrium, Explicit, RowMap
+from .equilibrium import Equilibrium
 from .iterate import iterate
 from .linearize import linearize
+from .rowmap import Explicit, RowMap
 from .solution import BackwardReport, Measured, OnFailure, Solution, announce
 from .solvers import Solver
 

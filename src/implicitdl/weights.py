@@ -29,7 +29,6 @@ class Given:
     """
 
     radius: float | None = None
-    made = None
 
     def __init__(self, A: Tensor) -> None:
         self.source = A
@@ -43,6 +42,10 @@ class Given:
     def numbers(self) -> Tensor:
         """A, without a graph."""
         return self.source.detach()
+
+    def scaling(self) -> tuple[None, None, float]:
+        """That there is none."""
+        return None, None, 0.0
 
     def pull(self, g: Tensor) -> Tensor:
         """The cotangent of the source that a cotangent g of A makes."""
@@ -75,10 +78,15 @@ class ScaledRows:
         """A, without a graph."""
         return self.value.detach() if self.made is None else self.made[0]
 
+    def scaling(self) -> tuple[Tensor, Tensor, float]:
+        """What A is, once it has been made: rows of the source times factors (n, 1), in balls of this radius."""
+        assert self.made is not None
+        return self.source, self.made[1], self.radius
+
     def pull(self, g: Tensor) -> Tensor:
         """The cotangent of the source that a cotangent g of A makes, once A has been made."""
-        assert self.made is not None
-        return _pull(self.source, self.made[1], g, self.radius)
+        source, scale, radius = self.scaling()
+        return _pull(source, scale, g, radius)
 
 
 # What an `Equilibrium` takes for its A.

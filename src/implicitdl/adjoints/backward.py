@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._checks import wrong
 from .._context import has_tangent, without_grad
-from ..equilibrium import Linearization, RowMap
 from ..iterate import iterate
 from ..outcome import Outcome
+from ..rowmap import Linearization, RowMap
 from ..solution import BackwardReport, OnFailure, announce
 from ..solvers import Solver
 from ..solvers.base import precise

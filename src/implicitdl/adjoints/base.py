@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..equilibrium import RowMap
 from ..outcome import Outcome
+from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 

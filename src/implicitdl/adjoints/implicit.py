@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
-from ..equilibrium import RowMap
 from ..iterate import iterate
 from ..linearize import linearize
 from ..outcome import Outcome
+from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Auto, Solver
 from .backward import BackwardSolve, attached, depends_on_weights

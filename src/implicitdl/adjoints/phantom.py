@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from ..equilibrium import RowMap
 from ..iterate import iterate
 from ..outcome import Outcome
+from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import check_damping

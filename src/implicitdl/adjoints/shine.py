@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import positive, wrong
-from ..equilibrium import RowMap
 from ..iterate import iterate
 from ..linearize import linearize
 from ..outcome import Outcome
+from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.inverse import InverseEstimate

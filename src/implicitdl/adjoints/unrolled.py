@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import wrong
-from ..equilibrium import RowMap
 from ..iterate import iterate
 from ..outcome import Outcome
+from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from .base import Adjoint

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
-from ..equilibrium import RowMap
 from ..kernels import rows as kernel
+from ..rowmap import RowMap
 from .base import Solver
 
 _KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from ..equilibrium import RowMap
 from ..kernels.anderson import Memory
+from ..rowmap import RowMap
 from .base import Solver, check_damping, precise
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._checks import non_negative, positive_int, wrong
-from ..equilibrium import RowMap
 from ..kernels.sweeps import Swept
+from ..rowmap import RowMap
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive, positive_int, wrong
-from ..equilibrium import RowMap
+from ..rowmap import RowMap
 from .base import Rows, Solver, precise
 from .inverse import InverseEstimate
 from .search import Search

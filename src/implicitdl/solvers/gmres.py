@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from ..equilibrium import RowMap
+from ..rowmap import RowMap
 from .base import Solver
 from .krylov import Krylov, refuse_graph
 

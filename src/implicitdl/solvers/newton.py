@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int, wrong
-from ..equilibrium import RowMap
 from ..linearize import vjp
+from ..rowmap import RowMap
 from .base import Rows, Solver, precise
 from .krylov import Krylov, refuse_graph
 from .search import Search

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..equilibrium import RowMap
+from ..rowmap import RowMap
 from .base import Solver, check_damping
 
 

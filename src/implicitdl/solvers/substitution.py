@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import wrong
-from ..equilibrium import RowMap
+from ..rowmap import RowMap
 from .base import Solver
 
 
