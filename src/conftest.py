@@ -1,4 +1,4 @@
-"""The examples of the docstrings draw the same numbers in every run; it lies outside the package and is not installed."""
+"""The examples of docstrings draw the same numbers in every run.  Outside the package, and not installed with it."""
 
 from __future__ import annotations
 
