@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import multiprocessing
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -470,6 +473,44 @@ class TestGradients:
         y.float().sum().backward()
         assert torch.allclose(y.float(), exact, atol=0.05)
         assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class TestFigures:
+    """They are made tensors of when somebody looks."""
+
+    def solved(self) -> Solution:
+        torch.manual_seed(1)
+        solution = fixed_point(Equilibrium(contraction(6, 0.8).requires_grad_(), torch.randn(4, 6)), None)
+        solution.value.sum().backward()
+        return solution
+
+    def test_are_kept_and_the_users_own(self):
+        solution = self.solved()
+        assert solution.steps is solution.steps
+        solution.residual.add_(1)
+        assert (solution.residual >= 1).all()
+        assert solution.converged.tolist() == [True] * 4
+
+    def test_show_themselves(self):
+        with torch_alone():
+            plain = repr(self.solved())
+        compiled = repr(self.solved())
+        for text in (plain, compiled):
+            names = re.findall(r"(\w+)=", text.split("backward=")[1])
+            assert names == ["residual", "steps", "converged", "trace"]
+            assert text.startswith("Solution(value=tensor(")
+            assert "Measured" not in text
+            assert "Swept" not in text
+
+    def test_survive_a_copy_and_a_pickle(self):
+        report = self.solved().report()
+        for other in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
+            for one, same in ((report, other), (report.backward, other.backward)):
+                assert torch.equal(one.residual, same.residual)
+                assert torch.equal(one.steps, same.steps)
+                assert torch.equal(one.converged, same.converged)
+        other.residual.zero_()
+        assert (report.residual > 0).any()
 
 
 class TestForeignTensors:

@@ -50,7 +50,7 @@ class Measured:
     trace: Tensor | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class BackwardReport:
     """The figures of the adjoint solve v = g + Jᵀv; all None until backward has run."""
 
@@ -72,8 +72,11 @@ class BackwardReport:
     def trace(self) -> Tensor | None:
         return None if self.figures is None else self.figures.trace
 
+    def __repr__(self) -> str:
+        return _shown(self, *_FIGURES)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """How well a solution of x = f(x, *args) was found, without its value and its graph.
 
@@ -109,8 +112,11 @@ class Report:
         """(checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for."""
         return self.figures.trace
 
+    def __repr__(self) -> str:
+        return _shown(self, *_FIGURES, "backward")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Solution(Report):
     """The solution of x = f(x, *args), one row per sample, and the `Report` of how well it was found.
 
@@ -123,6 +129,17 @@ class Solution(Report):
     def report(self) -> Report:
         """The figures without the value; those of the backward solve still arrive when it runs."""
         return Report(figures=self.figures, backward=self.backward)
+
+    def __repr__(self) -> str:
+        return _shown(self, "value", *_FIGURES, "backward")
+
+
+_FIGURES = ("residual", "steps", "converged", "trace")
+
+
+def _shown(report: object, *names: str) -> str:
+    """As a dataclass shows itself that has all these for fields."""
+    return f"{type(report).__name__}({', '.join(f'{name}={getattr(report, name)!r}' for name in names)})"
 
 
 class Monitor:

@@ -41,8 +41,10 @@ class SweptFigures:
     def __init__(self, batch: int, dtype: torch.dtype) -> None:
         self._batch, self._dtype = batch, dtype
         self._bytes = bytearray(17 * batch)  # steps, residuals, statuses
+
+    def addresses(self) -> tuple[int, int, int]:
         at = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
-        self.addresses = at, at + 8 * batch, at + 16 * batch
+        return at, at + 8 * self._batch, at + 16 * self._batch
 
     @cached_property
     def steps(self) -> Tensor:
@@ -63,9 +65,6 @@ class SweptFigures:
 
     def _column(self, offset: int, dtype: type) -> Tensor:
         return torch.from_numpy(np.frombuffer(self._bytes, dtype, self._batch, offset * self._batch))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(residual={self.residual}, steps={self.steps}, status={self.status()})"
 
 
 class Swept(NamedTuple):
@@ -119,7 +118,7 @@ def sweeps(
     slope = None if slope is None else slope.contiguous()
     x, slope_at = torch.empty_like(b), torch.empty_like(b) if slope is None else None
     figures = SweptFigures(batch, dtype)
-    steps, residual, status = figures.addresses
+    steps, residual, status = figures.addresses()
     made = None
     if radius is not None:
         A = A.contiguous()
