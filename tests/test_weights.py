@@ -151,9 +151,23 @@ def test_the_constraint_is_the_users_to_watch_and_to_change():
 
 
 def test_autocast_scales_before_it_rounds():
-    ours, u = model().float(), torch.randn(4, 5, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours(u).sum().backward()
-    expected = model().float()
-    expected(u).sum().backward()
-    torch.testing.assert_close(ours.A.grad, expected.A.grad, rtol=0.1, atol=0.05 * float(expected.A.grad.abs().max()))
+    v, b = raw(20, torch.float32), torch.randn(4, 20, dtype=torch.bfloat16)
+    rounded = scale_rows(v, 0.9).bfloat16()
+    assert torch.equal(Equilibrium(ScaledRows(v, 0.9), b).A, rounded)
+    assert not torch.equal(scale_rows(v.bfloat16(), 0.9), rounded)
+
+
+@pytest.mark.parametrize("n", [18, 200], ids=["compiled product", "torch's product"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_that_is_converted_between_forward_and_backward(n, dtype):
+    """Its parameters then hold other numbers, in memory of another size; the gradient is that of those it solved with."""
+    torch.manual_seed(0)
+    ours = ImplicitModel(input_dim=5, output_dim=3, hidden_dim=n, dtype=torch.float32)
+    with torch.no_grad():
+        ours.A.mul_(6)
+    u = torch.randn(64, 5, dtype=torch.float32)
+    (expected,) = torch.autograd.grad(ours(u).sum(), ours.A)
+    y = ours(u).sum()
+    ours.to(dtype)
+    y.backward()
+    torch.testing.assert_close(ours.A.grad, expected)

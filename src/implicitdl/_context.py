@@ -41,7 +41,7 @@ def plain() -> bool:
 
 
 def only_numbers(g: Tensor) -> bool:
-    """Whether a backward pass may compute with the numbers of g alone: nobody differentiates it, and g is one."""
+    """Whether a backward pass may compute with the numbers of g alone: nobody differentiates it, and g is no batch."""
     return plain() and not torch.is_grad_enabled() and not batched_by_autograd(g)
 
 

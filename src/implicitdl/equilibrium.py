@@ -80,8 +80,8 @@ class Equilibrium:
             return None
         weight = self.weight
         swept = kernel.sweeps(weight.source, weight.radius, self.b, x, phi, None, *settings)
-        if swept is not None and isinstance(weight, ScaledRows):
-            weight.made = swept.scaled
+        if swept is not None and swept.scaled is not None and isinstance(weight, ScaledRows):
+            weight.made(*swept.scaled)
         return swept
 
     def linearize(self, x: Tensor, slope: Tensor | None = None) -> EquilibriumLinearization:

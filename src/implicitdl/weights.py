@@ -60,12 +60,11 @@ class ScaledRows:
     Attributes:
         source: (n, n) the tensor that a gradient goes to.
         radius: of the ℓ1 balls.
-        made: A and the factors (n, 1) of its rows, once there are any; without a graph.
     """
 
     def __init__(self, source: Tensor, radius: float) -> None:
         self.source, self.radius = source, radius
-        self.made: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, Tensor, Tensor] | None = None
 
     @cached_property
     def value(self) -> Tensor:
@@ -73,20 +72,26 @@ class ScaledRows:
         with torch.enable_grad():
             return scale_rows(self.source, self.radius)
 
+    def made(self, A: Tensor, scale: Tensor) -> None:
+        """Take in what a compiled loop has made of the source: A and the factors (n, 1) of its rows."""
+        # The numbers that were read: before backward, `Module.to` may give a parameter others, of another dtype.
+        self._made = A, self.source.detach(), scale
+
     @property
     def numbers(self) -> Tensor:
         """A, without a graph."""
-        return self.value.detach() if self.made is None else self.made[0]
+        return self.value.detach() if self._made is None else self._made[0]
 
     def scaling(self) -> tuple[Tensor, Tensor, float]:
-        """What A is, once it has been made: rows of the source times factors (n, 1), in balls of this radius."""
-        assert self.made is not None
-        return self.source, self.made[1], self.radius
+        """What A was made of: these rows times factors (n, 1), in balls of this radius."""
+        assert self._made is not None
+        _, rows, scale = self._made
+        return rows, scale, self.radius
 
     def pull(self, g: Tensor) -> Tensor:
         """The cotangent of the source that a cotangent g of A makes, once A has been made."""
-        source, scale, radius = self.scaling()
-        return _pull(source, scale, g, radius)
+        rows, scale, radius = self.scaling()
+        return _pull(self.source if torch.is_grad_enabled() else rows, scale, g, radius)
 
 
 # What an `Equilibrium` takes for its A.

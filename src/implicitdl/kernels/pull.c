@@ -4,8 +4,7 @@
 
 #include "shrink.h"
 
-/* Sums of ROWS × WIDE vectors stay in registers. */
-enum { ROWS = BYTES == 64 ? 8 : 4, WIDE = 3, STEP = LANES > ROWS ? LANES : ROWS };
+enum { WIDE = 3, STEP = (int)LANES > (int)ROWS ? (int)LANES : (int)ROWS };
 
 /* ROWS rows of Σ w ⊗ x, a few vectors wide; w and x are padded with zeros. */
 static inline __attribute__((always_inline)) void outer(

@@ -1,7 +1,5 @@
 /* What is done by rows in one pass where torch makes several: rows shrunk onto the ℓ1 ball, with the derivative of that;
-   their norms; whether all numbers are finite.
-
-   a = s v with s = min(1, r/‖v‖₁).  The vector-Jacobian product is g on a row inside, and s g − s² sign(v) (vᵀg)/r. */
+   their norms; whether all numbers are finite. */
 
 #include "shrink.h"
 

@@ -7,8 +7,7 @@
 
 #include "shrink.h"
 
-/* A product keeps ROWS × WIDE vectors of sums in registers, beside WIDE of A: 27 of 32, or 15 of 16. */
-enum { ROWS = BYTES == 64 ? 8 : 4, WIDE = 3, CHUNK = 32 };
+enum { WIDE = 3, CHUNK = 32 };
 
 enum Phi { RELU, LEAKY_RELU, IDENTITY, HARDTANH, SLOPE };
 /* What became of a row: too slow to go on with, done, or with numbers that this loop does not judge. */

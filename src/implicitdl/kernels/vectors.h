@@ -15,6 +15,8 @@ enum { BYTES = 32 };
 enum { BYTES = 16 };
 #endif
 enum { LANES = BYTES / sizeof(REAL) };
+/* A product keeps so many rows of three vectors of sums in registers, beside three of a factor: 27 of 32, or 15 of 16. */
+enum { ROWS = BYTES == 64 ? 8 : 4 };
 
 typedef REAL Vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 typedef INT Mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
