@@ -250,7 +250,7 @@ class TestCommand:
             (["--method", "interval", "--rounds", "1"], "with --method crown alone, got --method interval"),
             (["--eps", "-1"], "certify: expected --eps ≥ 0, got -1.0"),
             (["--eps", "nan"], "certify: expected --eps ≥ 0, got nan"),
-            (["--eps", "0.1", "--eps", "inf"], "certify: expected --eps to be finite, got inf"),
+            (["--eps", "0.1", "--eps", "inf"], "certify: expected a finite --eps, got inf"),
             (["--attack-steps", "0"], "certify: expected --attack-steps to be a positive integer, got 0"),
             (["--restarts", "0"], "certify: expected --restarts to be a positive integer, got 0"),
             (["--rounds", "-1"], "certify: expected --rounds to be an integer ≥ 0, got -1"),

@@ -282,7 +282,7 @@ BAD = {
     "--kappa 1": "expected --kappa strictly between 0 and 1, got 1.0",
     "--kappa 0": "expected --kappa strictly between 0 and 1, got 0.0",
     "--kappa nan": "expected --kappa strictly between 0 and 1, got nan",
-    "--tol -1": "expected rtol ≥ 0, got -1.0",
+    "--tol -1": "expected rtol strictly between 0 and 1, got -1.0",
     "--lr 0": "expected --lr to be a positive finite number, got 0.0",
     "--weight-decay -1": "expected --weight-decay ≥ 0, got -1.0",
     "--label-smoothing 1": "expected 0 ≤ --label-smoothing < 1, got 1.0",

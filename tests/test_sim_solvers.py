@@ -473,7 +473,7 @@ def test_a_users_solver_gets_a_report():
     [
         ({"lambda_z": -1.0}, "ADMMSolver: expected lambda_z ≥ 0, got -1.0."),
         ({"lambda_y": math.nan}, "ADMMSolver: expected lambda_y ≥ 0, got nan."),
-        ({"tol": -1e-9}, "ADMMSolver: expected tol ≥ 0"),
+        ({"tol": -1e-9}, "ADMMSolver: expected 0 ≤ tol < 1"),
         ({"l1_ratio": 0.0}, "ADMMSolver: expected 0 < l1_ratio ≤ 1, got 0.0."),
         ({"rho_ab": 0.0}, "ADMMSolver: expected rho_ab to be a positive finite number"),
         ({"num_epoch_cd": 0}, "ADMMSolver: expected num_epoch_cd to be a positive integer"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import math
-from collections.abc import Iterator
+import numbers
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,42 +30,67 @@ def wrong(who: str, expected: str, got: object, do: str = "") -> ArgumentError:
     return ArgumentError(f"{who}: expected {expected}, got {got}.{' ' + do if do else ''}")
 
 
+def real(value: Any) -> float:
+    """A number of any kind, NumPy's too, as a float; NaN, which no range holds, for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _integer(who: str, name: str, what: str, value: Any, least: int) -> int:
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else least - 1
+    if number < least:
+        raise wrong(who, f"{name} to be {what}", repr(value))
+    if number >= 1 << 63:  # sizes and seeds of torch's
+        raise wrong(who, f"{name} below 2⁶³", repr(value))
+    return number
+
+
 def positive_int(who: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise wrong(who, f"{name} to be a positive integer", repr(value))
-    return value
+    return _integer(who, name, "a positive integer", value, 1)
+
+
+def non_negative_int(who: str, name: str, value: Any) -> int:
+    return _integer(who, name, "an integer ≥ 0", value, 0)
 
 
 def open_unit(who: str, name: str, value: Any) -> float:
     """κ and its like: a number strictly between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+    if not 0.0 < (number := real(value)) < 1.0:
         raise wrong(who, f"{name} strictly between 0 and 1", repr(value))
-    return float(value)
+    return number
 
 
 def non_negative(who: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0.0:
+    if not (number := real(value)) >= 0.0:
         raise wrong(who, f"{name} ≥ 0", repr(value))
-    return float(value)
-
-
-def non_negative_int(who: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise wrong(who, f"{name} to be an integer ≥ 0", repr(value))
-    return value
+    if number == math.inf:
+        raise wrong(who, f"a finite {name}", repr(value))
+    return number
 
 
 def positive(who: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+    if not 0.0 < (number := real(value)) < math.inf:
         raise wrong(who, f"{name} to be a positive finite number", repr(value))
-    return float(value)
+    return number
 
 
 def fraction(who: str, name: str, value: Any) -> float:
     """A share that may be nothing but never everything."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if not 0.0 <= (number := real(value)) < 1.0:
         raise wrong(who, f"0 ≤ {name} < 1", repr(value))
-    return float(value)
+    return number
+
+
+def settle(settings: Any, check: Callable[[str, str, Any], Any], *names: str) -> None:
+    """Fields of a frozen dataclass, checked and kept as Python's own numbers; None stays where it is the default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None or settings.__dataclass_fields__[name].default is not None:
+            object.__setattr__(settings, name, check(type(settings).__name__, name, value))
 
 
 def choice(who: str, name: str, value: Any, known: Any) -> Any:
@@ -111,6 +138,9 @@ def extra(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"implicitdl: {module} is not installed. Install it with: pip install 'implicitdl[{name}]'"
-        ) from error
+        # Of a package that is there, what is missing is a part that its version does not have.
+        missing = (error.name or module).partition(".")[0]
+        there = importlib.util.find_spec(missing) is not None
+        what = f"this version of {missing} has no {error.name}" if there else f"{missing} is not installed"
+        how = "install -U" if there else "install"
+        raise MissingExtraError(f"{what}. Install it with: pip {how} 'implicitdl[{name}]'") from error

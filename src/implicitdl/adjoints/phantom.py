@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import positive_int, settle
 from ..iterate import iterate
 from ..outcome import Outcome
 from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
-from ..solvers.base import check_damping
+from ..solvers.base import damping
 from .base import Adjoint
 
 
@@ -37,8 +37,8 @@ class PhantomGradient(Adjoint):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        positive_int("PhantomGradient", "steps", self.steps)
-        check_damping("PhantomGradient", self.damping)
+        settle(self, positive_int, "steps")
+        settle(self, damping, "damping")
 
     def solve(
         self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport

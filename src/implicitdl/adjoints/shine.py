@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive, wrong
+from .._checks import positive, settle, wrong
 from ..iterate import iterate
 from ..linearize import linearize
 from ..outcome import Outcome
@@ -53,8 +53,7 @@ class SHINE(Adjoint):
     refine: Solver | None = None
 
     def __post_init__(self) -> None:
-        if self.fallback is not None:
-            positive("SHINE", "fallback", self.fallback)
+        settle(self, positive, "fallback")
         if self.refine is not None and not isinstance(self.refine, Solver):
             raise wrong("SHINE", "refine to be a Solver", repr(self.refine), "Pass Anderson(max_steps=5), or None.")
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import non_negative, non_negative_int, positive_int, wrong
+from .._checks import non_negative, non_negative_int, positive_int, settle, wrong
 from ..adjoints import Adjoint
 from ..solvers import Solver
 from ..statespace import StateSpace
@@ -75,13 +75,12 @@ class CertifiedLoss:
     adjoint: Adjoint | None = None
 
     def __post_init__(self) -> None:
-        who = "CertifiedLoss"
-        non_negative(who, "eps", self.eps)
-        positive_int(who, "ramp", self.ramp)
-        non_negative_int(who, "wait", self.wait)
+        settle(self, non_negative, "eps")
+        settle(self, positive_int, "ramp")
+        settle(self, non_negative_int, "wait")
         for name, shares in (("clean", self.clean), ("crown", self.crown)):
             if len(shares) != 2 or not all(0 <= share <= 1 for share in shares):
-                raise wrong(who, f"{name} to be two shares in [0, 1]", shares)
+                raise wrong("CertifiedLoss", f"{name} to be two shares in [0, 1]", shares)
 
     def progress(self, step: int) -> float:
         """How far the ramp has come after so many steps, from 0 to 1."""

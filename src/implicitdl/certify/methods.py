@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import non_negative_int
+from .._checks import non_negative_int, settle
 from ..solvers import Solver
 from . import crown
 from .domain import Box
@@ -90,8 +90,7 @@ class Crown(Method):
     rounds: int = 0
 
     def __post_init__(self) -> None:
-        non_negative_int("Crown", "steps", self.steps)
-        non_negative_int("Crown", "rounds", self.rounds)
+        settle(self, non_negative_int, "steps", "rounds")
 
     def uppers(self, model: Contractive, u: Box, of: Sequence[Functionals]) -> list[Upper]:
         inside = enclosure(model, u, self.solver)

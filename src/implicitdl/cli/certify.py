@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,7 @@ def _check(
 ) -> None:
     """At the door: before anything is read, and before the proofs, which take their time."""
     for radius in eps:
-        if not non_negative(WHO, "--eps", radius) < math.inf:
-            raise wrong(WHO, "--eps to be finite", radius)
+        non_negative(WHO, "--eps", radius)
     choice(WHO, "--method", method, METHODS)
     for name, count in (("samples", samples), ("attack-steps", attack_steps), ("restarts", restarts)):
         positive_int(WHO, f"--{name}", count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._checks import positive_int, settle, wrong
 from ..kernels import rows as kernel
 from ..rowmap import RowMap
 from .base import Solver
@@ -54,8 +54,9 @@ class Aitken(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.period is not None and (not isinstance(self.period, int) or self.period < 2):
-            raise wrong("Aitken", "period to be an integer of at least 2", repr(self.period))
+        settle(self, positive_int, "period")
+        if self.period == 1:
+            raise wrong("Aitken", "period to be an integer of at least 2", 1)
 
     def check_interval(self, f: RowMap) -> int:
         return f.check_interval

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import positive, positive_int, settle
 from ..kernels.anderson import Memory
 from ..rowmap import RowMap
-from .base import Solver, check_damping, precise
+from .base import Solver, damping, precise
 
 
 class _History(NamedTuple):
@@ -57,8 +57,9 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("Anderson", "memory", self.memory)
-        check_damping("Anderson", self.damping)
+        settle(self, positive_int, "memory")
+        settle(self, positive, "growth")
+        settle(self, damping, "damping")
 
     def init(self, f: RowMap, x: Tensor) -> _History | Memory:
         memory = Memory.of(x, self.memory, self.growth, self.damping)

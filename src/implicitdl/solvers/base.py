@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import non_negative, positive_int, wrong
+from .._checks import non_negative, open_unit, positive_int, real, settle, wrong
 from ..kernels.sweeps import Swept
 from ..rowmap import RowMap
 
@@ -29,8 +29,8 @@ class Solver(ABC):
     """Base class of the solvers.
 
     Arguments:
-        rtol: relative tolerance of ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, tested per sample; None means 1e-10 in
-            float64, 1e-5 in float32 and 1e-2 in bfloat16 and float16.
+        rtol: relative tolerance of ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, tested per sample, in (0, 1); None means 1e-10
+            in float64, 1e-5 in float32 and 1e-2 in bfloat16 and float16.
         atol: absolute tolerance of the same test.
         max_steps: the most evaluations of f spent on a sample.
 
@@ -42,11 +42,9 @@ class Solver(ABC):
     max_steps: int = 300
 
     def __post_init__(self) -> None:
-        who = type(self).__name__
-        non_negative(who, "atol", self.atol)
-        positive_int(who, "max_steps", self.max_steps)
-        if self.rtol is not None and not non_negative(who, "rtol", self.rtol) > 0.0:
-            raise wrong(who, "rtol > 0", self.rtol, "Use atol for an absolute tolerance beside it.")
+        settle(self, open_unit, "rtol")
+        settle(self, non_negative, "atol")
+        settle(self, positive_int, "max_steps")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         return self.rtol if self.rtol is not None else _DEFAULT_RTOL[dtype]
@@ -114,6 +112,8 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_damping(who: str, damping: float) -> None:
-    if not isinstance(damping, (int, float)) or not 0.0 < damping <= 2.0:
-        raise wrong(who, "damping in (0, 2]", repr(damping))
+def damping(who: str, name: str, value: Any) -> float:
+    """β: a step may go twice as far as f does, at most."""
+    if not 0.0 < (number := real(value)) <= 2.0:
+        raise wrong(who, f"{name} in (0, 2]", repr(value))
+    return number

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int, wrong
+from .._checks import positive, positive_int, settle, wrong
 from ..rowmap import RowMap
 from .base import Rows, Solver, precise
 from .inverse import InverseEstimate
@@ -64,8 +64,8 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("Broyden", "memory", self.memory)
-        positive("Broyden", "growth", self.growth)
+        settle(self, positive_int, "memory")
+        settle(self, positive, "growth")
         if not isinstance(self.line_search, bool):
             raise wrong("Broyden", "line_search to be True or False", repr(self.line_search))
 

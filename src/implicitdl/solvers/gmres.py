@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import positive_int, settle
 from ..rowmap import RowMap
 from .base import Solver
 from .krylov import Krylov, refuse_graph
@@ -46,7 +46,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("GMRES", "restart", self.restart)
+        settle(self, positive_int, "restart")
 
     def init(self, f: RowMap, x: Tensor) -> Krylov:
         return Krylov.start(x, self.restart, self.max_steps)

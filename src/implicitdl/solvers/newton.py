@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, wrong
+from .._checks import positive_int, settle, wrong
 from ..linearize import vjp
 from ..rowmap import RowMap
 from .base import Rows, Solver, precise
@@ -92,7 +92,7 @@ class Newton(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("Newton", "krylov", self.krylov)
+        settle(self, positive_int, "krylov")
         if self.dense not in (None, True, False):
             raise wrong("Newton", "dense to be True, False or None", repr(self.dense))
 

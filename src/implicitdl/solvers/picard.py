@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import settle
 from ..rowmap import RowMap
-from .base import Solver, check_damping
+from .base import Solver, damping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_damping("Picard", self.damping)
+        settle(self, damping, "damping")
 
     def check_interval(self, f: RowMap) -> int:
         return f.check_interval

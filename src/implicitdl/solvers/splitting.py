@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int, wrong
+from .._checks import positive, positive_int, settle, wrong
 from .base import Rows, Solver
 
 
@@ -33,8 +33,7 @@ class Splitting(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha is not None:
-            positive(type(self).__name__, "alpha", self.alpha)
+        settle(self, positive, "alpha")
 
     def init(self, f: Any, x: Tensor) -> _Split:
         if not hasattr(f, "resolvent"):
@@ -145,7 +144,7 @@ class PeacemanRachford(Splitting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("PeacemanRachford", "sweeps", self.sweeps)
+        settle(self, positive_int, "sweeps")
 
     def default_step(self, f: Any) -> float:
         # The bound is best at 1/L, and at 3/L its exponent is a quarter smaller; the sweeps are fewer all the same

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import choice, positive_int, wrong
+from .._checks import choice, non_negative_int, positive, positive_int, wrong
 from .epoch import Epochs, verdict
 from .evaluate import Loss, length_of
 from .logger import Logger
@@ -113,12 +113,12 @@ def train(
         >>> len(logger.rows), logger.best["valid_acc"] > 0.9
         (9, True)
     """
-    positive_int("train", "epochs", epochs)
+    epochs = positive_int("train", "epochs", epochs)
     choice("train", "scheduler_step", scheduler_step, ("epoch", "batch"))
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise wrong("train", "clip_grad_norm above 0", repr(clip_grad_norm), "Leave it out not to clip.")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise wrong("train", "seed to be an integer from 0", repr(seed), "Leave it out to draw one.")
+    if clip_grad_norm is not None:
+        clip_grad_norm = positive("train", "clip_grad_norm", clip_grad_norm)
+    if seed is not None:
+        seed = non_negative_int("train", "seed", seed)
     for name, loader in (("train_dl", train_dl), ("valid_dl", valid_dl)):
         if length_of(loader) == 0:
             raise wrong("train", f"{name} with batches", "an empty one", "Check the data set and drop_last.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import positive, positive_int
+from ..._checks import positive, positive_int, settle
 from ..certificate import cast_inside, certify
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution
@@ -72,12 +72,8 @@ class ADMMSolver(PenalisedSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        who = type(self).__name__
-        for name in ("num_epoch_ab", "num_epoch_cd", "max_steps", "batch_feature_size"):
-            positive_int(who, name, getattr(self, name))
-        for name in ("rho_ab", "rho_cd"):
-            if getattr(self, name) is not None:
-                positive(who, name, getattr(self, name))
+        settle(self, positive_int, "num_epoch_ab", "num_epoch_cd", "max_steps", "batch_feature_size")
+        settle(self, positive, "rho_ab", "rho_cd")
 
     @property
     def rows_at_once(self) -> int:

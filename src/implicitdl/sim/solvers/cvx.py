@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import extra, non_negative, positive_int, wrong
+from ..._checks import extra, non_negative, positive_int, settle, wrong
 from ..certificate import cast_inside, certify
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution, SIMWarning
@@ -70,9 +70,8 @@ class CVXSolver(PenalisedSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_row", "num_processes", "batch_size"):
-            positive_int("CVXSolver", name, getattr(self, name))
-        non_negative("CVXSolver", "zero", self.zero)
+        settle(self, positive_int, "num_row", "num_processes", "batch_size")
+        settle(self, non_negative, "zero")
         if self.elastic_net and not self.regularized:
             raise wrong("CVXSolver", "elastic_net=True with regularized=True", "regularized=False", "Drop one of them.")
         if self.solver not in (known := extra("cvxpy", "sim").installed_solvers()):

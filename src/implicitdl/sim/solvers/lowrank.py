@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..._checks import non_negative, positive, positive_int, wrong
+from ..._checks import non_negative, positive, positive_int, settle, wrong
 from ...constraints import RowScaling
 from ..certificate import cast_inside, certify
 from ..face import Faces
@@ -59,13 +59,9 @@ class ProjectedGDLowRankSolver(RowSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        who = "ProjectedGDLowRankSolver"
-        if self.rank is not None:
-            positive_int(who, "rank", self.rank)
-        positive_int(who, "num_epoch", self.num_epoch)
-        positive(who, "lr", self.lr)
-        for name in ("lambda_z", "lambda_y"):
-            non_negative(who, name, getattr(self, name))
+        settle(self, positive_int, "rank", "num_epoch")
+        settle(self, positive, "lr")
+        settle(self, non_negative, "lambda_z", "lambda_y")
 
     def penalties(self) -> tuple[tuple[float, float], tuple[float, float]]:
         return (0.0, self.lambda_z), (0.0, self.lambda_y)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import positive_int, wrong
+from ..._checks import positive_int, settle, wrong
 from ...activations import RELU, Activation, from_function
 from ..certificate import certify
 from ..problem import RowProblem
@@ -52,7 +52,7 @@ class OneSidedSolver(ADMMSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("OneSidedSolver", "num_epoch", self.num_epoch)
+        settle(self, positive_int, "num_epoch")
 
     def fit(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import non_negative, wrong
+from ..._checks import fraction, non_negative, real, settle, wrong
 from ..problem import RowProblem
 from ..solution import RowSolution, SIMSolution
 from .base import (
@@ -44,7 +44,7 @@ class RowSolver(BaseSolver):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        non_negative(type(self).__name__, "tol", self.tol)
+        settle(self, fraction, "tol")
 
     @property
     def rows_at_once(self) -> int:
@@ -150,15 +150,19 @@ class PenalisedSolver(RowSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lambda_z", "lambda_y"):
-            non_negative(type(self).__name__, name, getattr(self, name))
-        if not 0 < self.l1_ratio <= 1:
-            raise wrong(type(self).__name__, "0 < l1_ratio ≤ 1", self.l1_ratio)
+        settle(self, non_negative, "lambda_z", "lambda_y")
+        settle(self, _share, "l1_ratio")
 
     def penalties(self) -> tuple[tuple[float, float], tuple[float, float]]:
         share = self.l1_ratio if self.elastic_net else 1.0
         z, y = self.lambda_z, self.lambda_y
         return (share * z, (1 - share) * z), (share * y, (1 - share) * y)
+
+
+def _share(who: str, name: str, value: object) -> float:
+    if not 0.0 < (number := real(value)) <= 1.0:
+        raise wrong(who, f"0 < {name} ≤ 1", repr(value))
+    return number
 
 
 class _Counter:
