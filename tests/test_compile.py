@@ -22,6 +22,7 @@ from implicitdl import (
 from implicitdl.constraints import RowProjection
 
 pytestmark = [
+    pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     # Both are torch's own: the first on its way to trace a Function, the second wherever a graph ends in a tensor
     # that has a graph of autograd's.

@@ -36,7 +36,10 @@ from implicitdl.solvers import aitken
 from implicitdl.weights import row_scale
 from kernel_paths import threads, torch_alone
 
-pytestmark = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler"),
+]
 
 PHI = [RELU, LEAKY_RELU, IDENTITY, HARDTANH]
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-10}

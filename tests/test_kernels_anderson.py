@@ -16,7 +16,10 @@ from implicitdl.kernels.anderson import Memory
 from implicitdl.outcome import Outcome
 from kernel_paths import threads, torch_alone
 
-pytestmark = pytest.mark.skipif(build.library("anderson", torch.float64) is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(build.library("anderson", torch.float64) is None, reason="no C compiler"),
+]
 
 BLOCK = 256  # of anderson.c
 

@@ -13,7 +13,10 @@ from implicitdl.kernels import pull as kernel
 from implicitdl.kernels.pull import pull
 from kernel_paths import threads
 
-pytestmark = pytest.mark.skipif(build.library("pull", torch.float64) is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(build.library("pull", torch.float64) is None, reason="no C compiler"),
+]
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 

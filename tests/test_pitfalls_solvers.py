@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from implicitdl import Anderson, Auto, Equilibrium, ImplicitFunctionWarning, Newton, Picard, fixed_point
+from implicitdl import Aitken, Anderson, Auto, Equilibrium, ImplicitFunctionWarning, Newton, Picard, fixed_point
 from implicitdl._checks import ArgumentError
 from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
 
@@ -100,10 +100,24 @@ class TestAStateOfAnyRepresentableScale:
         assert solution.converged.all()
         tolerance = 20 * solver.tolerance(dtype)
         assert torch.allclose(solution.value.double() / units, ordinary.value.double(), rtol=tolerance, atol=tolerance)
-        assert torch.equal(solution.value[0], ordinary.value[0])
-        assert solution.steps[0] == ordinary.steps[0]
+        # The rounding of a product may end the last round of a method elsewhere.
+        assert solution.steps[0] <= 1.5 * ordinary.steps[0]
         # What an early look in the wrong units may cost, and a memory that began anew.
         assert solution.steps[1] <= 2 * ordinary.steps[1] + 20
+
+    @pytest.mark.parametrize("solver", [Picard(), Aitken(), Auto(), Newton(dense=True)], ids=repr)
+    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
+    def test_beside_an_ordinary_sample_whose_bits_stay_where_those_of_f_do(self, solver, dtype, scale):
+        A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
+        u = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
+        beside = (u.double() * torch.tensor([[1.0], [scale]], dtype=torch.float64)).to(dtype)
+
+        def f(x, u):
+            return (x[:, None] * A).sum(-1) + u  # row by row, where a product's bits depend on how many rows it has
+
+        one, other = (fixed_point(f, torch.zeros_like(u), b, solver=solver) for b in (u, beside))
+        assert torch.equal(one.value[0], other.value[0])
+        assert one.steps[0] == other.steps[0]
 
     @every_solver
     @pytest.mark.parametrize(("dtype", "scale"), SCALES)

@@ -200,19 +200,20 @@ def test_the_start_is_neither_changed_nor_shared():
 
 def test_substitution_is_exact_where_iteration_would_overflow():
     n = 70  # more than two blocks of columns
-    A = (10 * torch.randn(n, n)).triu(1)
-    f = Equilibrium(A, torch.randn(3, n), TANH, triangular=True)
+    A = (10 * torch.randn(n, n, dtype=torch.float64)).triu(1)
+    b = torch.randn(3, n, dtype=torch.float64)
+    f = Equilibrium(A, b, TANH, triangular=True)
     for solver in (Auto(), Substitution()):
-        solution = fixed_point(f, torch.zeros(3, n), solver=solver)
+        solution = fixed_point(f, torch.zeros_like(b), solver=solver)
         assert solution.residual.max() < 1e-13
         assert (solution.steps == 3).all()
     with pytest.raises(ArgumentError, match="strictly triangular A, got Equilibrium"):
-        fixed_point(Equilibrium(A, torch.randn(3, n)), torch.zeros(3, n), solver=Substitution())
+        fixed_point(Equilibrium(A, b), torch.zeros_like(b), solver=Substitution())
 
 
 def test_root():
-    a = torch.rand(5, 1) + 1
-    solution = root(lambda x, a: 0.3 * (x * x - a), torch.ones(5, 1), a)
+    a = torch.rand(5, 1, dtype=torch.float64) + 1
+    solution = root(lambda x, a: 0.3 * (x * x - a), torch.ones_like(a), a)
     assert torch.allclose(solution.value, a.sqrt())
 
 

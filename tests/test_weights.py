@@ -13,7 +13,7 @@ from implicitdl.kernels import build, rows, sweeps
 from implicitdl.weights import ScaledRows, scale_rows
 from kernel_paths import threads, torch_alone
 
-compiled = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")
+needs_c = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SETTINGS = (1e-5, 0.0, 200, 2, 0.5, 100)
 
@@ -24,7 +24,8 @@ def raw(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return v[torch.randperm(n)]
 
 
-@compiled
+@pytest.mark.compiled
+@needs_c
 @BOTH
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 33, 48, 49, 64, 100, 113])
 @pytest.mark.parametrize("count", [1, 2])
@@ -46,7 +47,8 @@ def test_the_loop_makes_what_the_scaling_makes(n, count, dtype):
     assert before.scaled is None
 
 
-@compiled
+@pytest.mark.compiled
+@needs_c
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_solves_nothing_in_silence(bad):
     v = raw(20)
