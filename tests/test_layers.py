@@ -22,7 +22,7 @@ LAYERS = [
     ["jacobian", "residual", "solvers"],
     ["outcome"],
     ["stage"],
-    ["iterate"],
+    ["coupling", "iterate"],
     ["adjoints"],
     ["transforms"],
     ["fixed_point"],

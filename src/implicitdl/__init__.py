@@ -1,6 +1,7 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
 from . import activations, certify, constraints, data, sim, solvers, statespace, viz
+from ._checks import ArgumentError
 from .activations import Activation
 from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from .circular import CircularConvolution, CircularEquilibrium
@@ -19,7 +20,15 @@ from .nn import (
     ImplicitRNNCell,
     compress,
 )
-from .solution import BackwardReport, ConvergenceError, ImplicitFunctionWarning, Monitor, Report, Solution
+from .solution import (
+    BackwardReport,
+    ConvergenceError,
+    CoupledRowsWarning,
+    ImplicitFunctionWarning,
+    Monitor,
+    Report,
+    Solution,
+)
 from .solvers import (
     GMRES,
     Aitken,
@@ -44,12 +53,14 @@ __all__ = [
     "Adjoint",
     "Aitken",
     "Anderson",
+    "ArgumentError",
     "Auto",
     "BackwardReport",
     "Broyden",
     "CircularConvolution",
     "CircularEquilibrium",
     "ConvergenceError",
+    "CoupledRowsWarning",
     "Equilibrium",
     "ForwardBackward",
     "ImplicitAdjoint",

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from . import transforms
 from ._checks import wrong
-from ._context import outside_graphs, plain
+from ._context import outside_graphs, plain, without_grad
 from .adjoints import Adjoint, ImplicitAdjoint
+from .coupling import after, announce_coupling, are_coupled
 from .equilibrium import Equilibrium
-from .rows import RowsOf, State
+from .rows import OneRow, RowsOf, State, rows_of
 from .solution import BackwardReport, OnFailure, Solution, announce, check_on_failure
 from .solvers import Auto, Solver
 
@@ -26,6 +27,7 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "warn",
     trace: bool = False,
+    coupled: bool | None = None,
 ) -> Solution:
     """Solve x = f(x, \\*args), every sample to its own tolerance, with a gradient through the solution.
 
@@ -41,9 +43,8 @@ def fixed_point(
     gradient of torch.func around neither: a graph cannot end inside one.
 
     Arguments:
-        f: maps a state, and args, to a state of the same shape, each sample on its own.  A Module with batch norm in
-            training is the exception: the batch is solved as one, and its figures are those of every sample.  Where f
-            draws noise, or is a Module with running statistics, a solve draws and updates them once (`Frozen`).
+        f: maps a state, and args, to a state of the same shape.  Where f draws noise, or moves running statistics, a
+            solve draws and moves them once (`Frozen`).
         x0: where to start, (batch, \\*state), or a tuple of such.  The solution's gradient does not depend on it.
             None starts an `Equilibrium` at f(0).
         args: tensors (batch, ...) that go with the samples.
@@ -52,6 +53,13 @@ def fixed_point(
         on_failure: what a sample that misses the tolerance causes, forward and backward: "raise" `ConvergenceError`,
             "warn" `ImplicitFunctionWarning`, or "ignore".
         trace: keep the residual of every evaluation; inside a transform, filled up with NaN to ``max_steps`` rows.
+        coupled: whether samples influence one another through f, as the nodes of a graph do, or the samples of a batch
+            that is normalised by its own statistics.  The batch of a coupled f is solved as one, and its figures are
+            those of every sample.  None looks: for batch norm in training before the solve, and after it for samples
+            whose residual is not the one they were solved to, now that the others have moved, forward and backward,
+            at one evaluation and one product with Jᵀ.  Such a batch is solved again as one, with as many steps, and
+            `CoupledRowsWarning` says so.  True solves as one at once, and args need not be batch-first.  False is
+            your promise that f maps each sample on its own: nothing is looked at.
 
     Returns:
         The `Solution`: value, residual, steps and converged per sample, and the report of the backward solve,
@@ -76,31 +84,41 @@ def fixed_point(
     """
     if torch.compiler.is_dynamo_compiling():  # how many steps a solve takes is no matter of a graph
         solution: Solution = outside_graphs(fixed_point)(
-            f, x0, *args, solver=solver, adjoint=adjoint, on_failure=on_failure, trace=trace
+            f, x0, *args, solver=solver, adjoint=adjoint, on_failure=on_failure, trace=trace, coupled=coupled
         )
         return solution
     solver = Auto() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     who = f"fixed_point({type(solver).__name__})"
-    check_settings(who, solver, adjoint, on_failure)
+    check_settings(who, solver, adjoint, on_failure, coupled)
     known = f if isinstance(f, Equilibrium) and not args else None
+    if known is not None and coupled:
+        raise wrong(who, "coupled to be False or None for an Equilibrium, which maps each row on its own", "True")
     if x0 is None and known is not None:
         b = known.b
         if b.dim() < 2 or b.numel() == 0 or not b.is_floating_point():
             raise wrong(who, "b of floating-point rows, (batch ≥ 1, n)", f"{tuple(b.shape)} of {b.dtype}")
     else:
-        _check(who, x0, args)
+        _check(who, x0, args, batch_first=not coupled)
     if not plain():
         x0 = known.after_zero() if x0 is None and known is not None else x0
         return transforms.solve(who, None if args else f, x0, solver, adjoint, on_failure, trace)
-    problem = RowsOf(who, f, x0, args) if known is None else known.problem()  # type: ignore[arg-type]
+    problem = rows_of(who, f, x0, args, coupled) if known is None else known.problem()  # type: ignore[arg-type]
     start = problem.enter(x0)  # type: ignore[arg-type]
     report = BackwardReport()
     rows, outcome = adjoint.solve(problem, start, solver, on_failure, trace, report)
-    if isinstance(problem, RowsOf) and problem.samples is not None:
+    if isinstance(problem, OneRow):
         outcome = outcome.of_each(problem.samples)
+    elif isinstance(problem, RowsOf) and not problem.independent:
+        with without_grad():
+            coupled = are_coupled(problem, rows, outcome, solver.atol / outcome.rtol)
+        if coupled:
+            announce_coupling(who)
+            problem = OneRow(problem, len(rows))
+            rows, joint = adjoint.solve(problem, problem.together(rows), solver, on_failure, trace, report)
+            outcome = after(outcome, joint.of_each(problem.samples))
     announce(who, "forward", outcome.figures, outcome.all_converged, outcome.rtol, solver.max_steps, on_failure)
-    if isinstance(problem, RowsOf):
+    if isinstance(problem, (RowsOf, OneRow)):
         problem.settle()
     if rows is start:  # x0 was the solution; the user may go on to change either in place
         rows = rows.clone()
@@ -139,7 +157,7 @@ class _Descent(nn.Module):
         return x - gx
 
 
-def _check(who: str, x0: State | None, args: tuple[Tensor, ...]) -> None:
+def _check(who: str, x0: State | None, args: tuple[Tensor, ...], batch_first: bool) -> None:
     parts: tuple[Any, ...] = x0 if isinstance(x0, tuple) else (x0,)
     for part in parts:
         if not isinstance(part, Tensor) or not part.is_floating_point():
@@ -153,18 +171,22 @@ def _check(who: str, x0: State | None, args: tuple[Tensor, ...]) -> None:
                 [(tuple(p.shape), p.dtype) for p in parts],
             )  # fmt: skip
     for arg in args:
-        if not isinstance(arg, Tensor) or arg.dim() == 0 or arg.shape[0] != parts[0].shape[0]:
-            got = tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
+        if not isinstance(arg, Tensor):
+            raise wrong(who, "args to be tensors", type(arg).__name__, "Let f close over what is no data.")
+        if batch_first and (arg.dim() == 0 or arg.shape[0] != parts[0].shape[0]):
             raise wrong(
-                who, f"args to be tensors of shape (batch={parts[0].shape[0]}, ...)", got,
-                "Let f close over weights; args are for data.",
+                who, f"args to be tensors of shape (batch={parts[0].shape[0]}, ...)", tuple(arg.shape),
+                "Let f close over weights; args are for data. Pass coupled=True where the batch is one problem, such "
+                "as a graph of nodes.",
             )  # fmt: skip
 
 
-def check_settings(who: str, solver: Any, adjoint: Any, on_failure: Any) -> None:
+def check_settings(who: str, solver: Any, adjoint: Any, on_failure: Any, coupled: Any = None) -> None:
     """The settings of a solve, at the door where the user gives them."""
     if not isinstance(solver, Solver):
         raise wrong(who, "solver to be a Solver", repr(solver), "Pass an instance, such as Anderson().")
     if not isinstance(adjoint, Adjoint):
         raise wrong(who, "adjoint to be an Adjoint", repr(adjoint), "Pass an instance, such as Unrolled().")
     check_on_failure(who, on_failure)
+    if not (coupled is None or isinstance(coupled, bool)):
+        raise wrong(who, "coupled to be True, False or None", repr(coupled), "None looks whether samples are coupled.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._checks import positive, positive_int, wrong
 from .linearize import vjp
-from .rows import RowsOf, State
+from .rows import State, rows_of
 from .solution import ImplicitFunctionWarning
 
 
@@ -130,7 +130,7 @@ class _Transposed:
                 got = tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
                 do = "Give those that the solve had; let f close over weights."
                 raise wrong(who, f"args to be tensors of shape (batch={batch}, ...), as x has it", got, do)
-        problem = RowsOf(who, f, x, args)
+        problem = rows_of(who, f, x, args)
         rows = problem.enter(x)
         self._rows = rows if rows.requires_grad else rows.detach().requires_grad_()
         with torch.enable_grad():

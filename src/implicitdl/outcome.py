@@ -26,6 +26,8 @@ class Outcome:
 
     Attributes:
         slope: φ' at x, of an `Equilibrium` that the compiled loop has solved; None otherwise.
+        apart: whether samples ended at different evaluations, so that none was made with all at their solutions.
+        fx: f(x) of the whole batch, where an adjoint needed it.
         inverse: (I − J)⁻¹ as the solver knew it when each sample finished; None where the solver estimates none, or
             it was not asked for.
     """
@@ -36,6 +38,8 @@ class Outcome:
     rtol: float
     inverse: InverseEstimate | None = None
     slope: Tensor | None = None
+    apart: bool = False
+    fx: Tensor | None = None
 
     @classmethod
     def of(cls, swept: Swept, solver: Solver) -> Outcome:
@@ -128,6 +132,7 @@ class Results:
             all_converged=bool(self.converged.all()),
             rtol=self.rtol,
             inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
+            apart=len(self._finished) > 1,
         )
 
     def _values(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
@@ -17,34 +18,58 @@ State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 class RowsOf:
-    """x ↦ f(x, \\*args) on rows: one a sample, or one for the whole batch where f couples its samples.
+    """x ↦ f(x, \\*args) on rows, one a sample.
 
-    A coupled map (batch norm in training) has one fixed point for the batch and not one a sample: its Jacobian has
-    blocks between samples, and a sample that has converged moves on with the others.
+    Where f closes over data of the whole batch, it cannot take some of the samples.  That is found out by its first
+    failure to: from then on it is given the whole batch, the samples that have left in the state in which they did.
 
     Arguments:
         who: the caller, for errors.
         f: ``f(x, *args)``.
         like: a state, for its shapes.
         args: tensors (batch, ...).
+        independent: the promise that no sample influences another, which is not looked at then.
 
     Attributes:
-        samples: how many samples the one row of a coupled map holds; None where every sample has its own.
         precision: that of autocast, under which values of float32 have fewer digits than they show; None outside.
     """
 
     check_interval = 1  # nothing is known of f: it may cost far more than a look at the residual
 
-    def __init__(self, who: str, f: Callable[..., State] | Frozen, like: State, args: tuple[Tensor, ...]) -> None:
-        self._who, self._args = who, args
+    def __init__(
+        self,
+        who: str,
+        f: Callable[..., State] | Frozen,
+        like: State,
+        args: tuple[Tensor, ...],
+        independent: bool = False,
+        part_of: _PartOf | None = None,
+    ) -> None:
+        self._who, self._args, self.independent = who, args, independent
+        self._part_of = part_of
+        self._divisible = True
+        self._last: Tensor | None = None
         self._f = f if isinstance(f, Frozen) else Frozen(f)
         self._tuple = isinstance(like, tuple)
         parts = like if isinstance(like, tuple) else (like,)
         self._shapes = [part.shape[1:] for part in parts]
-        self.samples = len(parts[0]) if self._f.coupled else None
         self.precision = autocast_dtype(parts[0].device)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        self._last = rows
+        if self._part_of is None:
+            return self._evaluate(rows)
+        if self._divisible:
+            try:
+                fx = self._evaluate(rows)
+            except Exception:  # whatever f raises: if it is not for the lack of samples, it raises it once more
+                self._divisible = False
+            else:
+                self._part_of = None
+                return fx
+        return self._part_of(rows)
+
+    def _evaluate(self, rows: Tensor) -> Tensor:
         if rows.is_inference():  # without a version that would tell
             rows = rows.clone()
         before = None if rows.is_inference() else rows._version
@@ -57,25 +82,23 @@ class RowsOf:
         parts = fx if isinstance(fx, tuple) else (fx,)
         if not all(isinstance(part, Tensor) for part in parts):
             raise wrong(self._who, "f to return a tensor, or a tuple of them", [type(part).__name__ for part in parts])
-        batch = self.samples or len(rows)
-        if [part.shape for part in parts] != [(batch, *shape) for shape in self._shapes]:
-            expected = [(batch, *shape) for shape in self._shapes]
+        expected = [(len(rows), *shape) for shape in self._shapes]
+        if [part.shape for part in parts] != expected:
             raise wrong(self._who, f"f to return shape {expected}", [tuple(part.shape) for part in parts])
         return self._pack(parts)
 
     def take(self, rows: Tensor) -> RowsOf | None:
-        if not self._args or not self._f.divisible:
+        if not (self._args and self._divisible and self._f.divisible):
             return None
+        part_of = None if self._last is None else _PartOf(self._evaluate, self._last.detach(), rows)
         like = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
         args = tuple(arg[rows] for arg in self._args)
-        return RowsOf(self._who, self._f, like if self._tuple else like[0], args)
+        return RowsOf(self._who, self._f, like if self._tuple else like[0], args, self.independent, part_of)
 
     def enter(self, x: State) -> Tensor:
         return self._pack(x if isinstance(x, tuple) else (x,))
 
     def leave(self, rows: Tensor) -> State:
-        if self.samples is not None:
-            rows = rows.view(self.samples, -1)
         if not self._tuple:
             return rows.view(-1, *self._shapes[0])
         sizes = [prod(shape) for shape in self._shapes]
@@ -87,5 +110,73 @@ class RowsOf:
 
     def _pack(self, parts: tuple[Tensor, ...]) -> Tensor:
         flat = [part.reshape(part.shape[0], -1) for part in parts]
-        rows = flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-        return rows if self.samples is None else rows.reshape(1, -1)
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+@dataclass(frozen=True)
+class _PartOf:
+    """Some rows of a map of the whole batch, the others standing still."""
+
+    whole: Callable[[Tensor], Tensor]
+    others: Tensor
+    places: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        batch = self.others.to(rows.dtype).index_copy(0, self.places, rows)
+        return self.whole(batch).index_select(0, self.places)
+
+
+class OneRow:
+    """A map of rows on one row that holds them all: the map of a batch that has one fixed point, and not one a sample.
+
+    Where samples influence one another, the Jacobian has blocks between them, and a sample that has converged moves on
+    with the others.
+
+    Arguments:
+        f: the map of ``samples`` rows.
+        samples: how many rows it maps.
+    """
+
+    def __init__(self, f: Any, samples: int) -> None:
+        self.f, self.samples = f, samples
+        self.check_interval: int = f.check_interval
+        self.precision: torch.dtype | None = f.precision
+
+    def __call__(self, row: Tensor) -> Tensor:
+        return self.together(self.f(self.apart(row)))
+
+    def take(self, rows: Tensor) -> None:
+        """One row is not divided."""
+
+    def together(self, rows: Tensor) -> Tensor:
+        return rows.reshape(1, -1)
+
+    def apart(self, row: Tensor) -> Tensor:
+        return row.view(self.samples, -1)
+
+    def enter(self, x: State) -> Tensor:
+        return self.together(self.f.enter(x))
+
+    def leave(self, row: Tensor) -> State:
+        state: State = self.f.leave(self.apart(row))
+        return state
+
+    def settle(self) -> None:
+        self.f.settle()
+
+
+def rows_of(
+    who: str, f: Callable[..., State], like: State, args: tuple[Tensor, ...], coupled: bool | None = None
+) -> RowsOf | OneRow:
+    """f as a map of rows: one for the whole batch where it is coupled, or normalises by statistics of the batch.
+
+    Arguments:
+        who, f, like, args: as for `RowsOf`.
+        coupled: whether samples influence one another; None looks for batch norm in training, and False promises
+            that they do not.
+    """
+    frozen = f if isinstance(f, Frozen) else Frozen(f)
+    rows = RowsOf(who, frozen, like, args, independent=coupled is False)
+    if coupled is None:
+        coupled = frozen.look(lambda: rows(rows.enter(like)))
+    return OneRow(rows, len(like[0] if isinstance(like, tuple) else like)) if coupled else rows

@@ -20,6 +20,10 @@ class ImplicitFunctionWarning(RuntimeWarning):
     """An equilibrium, or its adjoint, was not found to the tolerance."""
 
 
+class CoupledRowsWarning(ImplicitFunctionWarning):
+    """Samples that were solved each on its own influence one another, and the batch had to be solved again as one."""
+
+
 class ConvergenceError(RuntimeError):
     """An equilibrium was not found to the tolerance and ``on_failure="raise"`` was asked for."""
 

@@ -146,9 +146,10 @@ class _Linear(_Equation):
     def find(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         s = self.settings
         *theta, x, constant = tensors
-        at = linearize(s.build(*theta), x)
+        f = s.build(*theta)
+        at = linearize(f, x)
         assert at is not None, "an explicit map has its linearisation in closed form"
-        inverse = BackwardSolve(at, s.adjoint.solver, s.on_failure, trace=False, report=BackwardReport())
+        inverse = BackwardSolve(f, at, s.adjoint.solver, s.on_failure, trace=False, report=BackwardReport())
         return (inverse(constant) if self.transposed else inverse.transposed(constant),)
 
     def value(self, y: Tensor, *tensors: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .._checks import wrong
 from .._context import has_tangent, without_grad
+from ..coupling import after, announce_coupling, are_coupled
 from ..iterate import iterate
 from ..outcome import Outcome
 from ..rowmap import Linearization, RowMap
+from ..rows import OneRow, RowsOf
 from ..solution import BackwardReport, OnFailure, announce
 from ..solvers import Solver
 from ..solvers.base import precise
@@ -26,6 +28,7 @@ from .guard import FirstOrderOnly
 class BackwardSolve:
     """v = g + Jᵀv at one solution, and its report."""
 
+    f: RowMap
     at: Linearization
     solver: Solver
     on_failure: OnFailure
@@ -33,8 +36,6 @@ class BackwardSolve:
     report: BackwardReport
     # Where to look for v, if anywhere but at the first term of its Neumann series.
     start: Callable[[Tensor], Tensor] | None = None
-    # Of a coupled batch, which is solved as one row.
-    samples: int | None = None
 
     def __call__(self, g: Tensor) -> Tensor:
         return self._solve("backward", g, self.at.adjoint_map, self.report)
@@ -51,6 +52,7 @@ class BackwardSolve:
                 which, "cotangents without tangents for a solution found outside of forward mode", "dual numbers",
                 "Make the solve inside torch.autograd.forward_ad.dual_level() too.",
             )  # fmt: skip
+        who = f"{which}({type(self.solver).__name__})"
         with without_grad():
             # The compiled loop has units of its own.
             scale, start = None, self.start
@@ -63,14 +65,31 @@ class BackwardSolve:
                 outcome = iterate(
                     problem(unit), start(unit) if start else unit, self.solver, trace=self.trace, swept=swept
                 )
-            if self.samples is not None:
-                outcome = outcome.of_each(self.samples)
+            v = outcome.x if scale is None else outcome.x * scale
+            if isinstance(self.f, OneRow):
+                outcome = outcome.of_each(self.f.samples)
+            elif isinstance(self.f, RowsOf) and not self.f.independent and len(g) > 1:
+                assert scale is not None  # the compiled loops serve maps of the library's own
+                # Cotangents of unlike sizes, each solved in units of its own, are apart from the beginning.
+                outcome = replace(outcome, apart=True)
+                if are_coupled(problem(g), v, outcome, self.solver.atol / outcome.rtol * scale.squeeze(1)):
+                    announce_coupling(who)
+                    v, outcome = self._as_one(problem, g, v, outcome)
             report.figures = outcome.figures
             announce(
-                f"{which}({type(self.solver).__name__})", "backward", outcome.figures, outcome.all_converged,
+                who, "backward", outcome.figures, outcome.all_converged,
                 outcome.rtol, self.solver.max_steps, self.on_failure,
             )  # fmt: skip
-            return outcome.x if scale is None else outcome.x * scale
+            return v
+
+    def _as_one(
+        self, problem: Callable[[Tensor], RowMap], g: Tensor, v: Tensor, alone: Outcome
+    ) -> tuple[Tensor, Outcome]:
+        """v for the whole batch as one row, in units of the largest cotangent, from what its samples found alone."""
+        unit, scale = scaled(g.reshape(1, -1))
+        one = OneRow(problem(unit.view_as(g)), len(g))
+        outcome = iterate(one, one.together(v) / scale, self.solver, trace=self.trace)
+        return one.apart(outcome.x * scale), after(alone, outcome.of_each(one.samples))
 
 
 def scaled(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -65,8 +65,8 @@ class ImplicitAdjoint(Adjoint):
         at = linearize(f, outcome.x, outcome.slope)
         if at is None or not depends_on_weights(at):
             return outcome.x, outcome
-        samples = getattr(f, "samples", None)
-        backward = BackwardSolve(at, self.solver, on_failure, trace, report, samples=samples)
+        outcome = replace(outcome, fx=at.value.detach())
+        backward = BackwardSolve(f, at, self.solver, on_failure, trace, report)
         if self.order == 1:
             return attached(at, outcome.x, backward), outcome
         return second_order(f, at.value, outcome.x, backward), outcome

@@ -51,4 +51,4 @@ class PhantomGradient(Adjoint):
         for _ in range(self.steps):
             x = f(x) if self.damping == 1.0 else x.lerp(f(x), self.damping)
         # The value stays the one whose residual is reported; only the gradient is that of the steps.
-        return outcome.x + (x - x.detach()), outcome
+        return outcome.x.detach() + (x - x.detach()), outcome

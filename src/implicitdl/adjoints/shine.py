@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,10 +73,10 @@ class SHINE(Adjoint):
         if at is None or not depends_on_weights(at):
             return outcome.x, outcome
         estimate = _Estimate(outcome.inverse, self.fallback)
+        outcome = replace(outcome, fx=at.value.detach())
         if self.refine is None:
             return attached(at, outcome.x, estimate), outcome
-        samples = getattr(f, "samples", None)
-        backward = BackwardSolve(at, self.refine, "ignore", trace, report, start=estimate, samples=samples)
+        backward = BackwardSolve(f, at, self.refine, "ignore", trace, report, start=estimate)
         return attached(at, outcome.x, backward), outcome
 
 

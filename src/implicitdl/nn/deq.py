@@ -29,12 +29,13 @@ class DEQ(nn.Module):
 
     Arguments:
         f: ``f(x, u)``, a Module or any function.  u may be several tensors, ``f(x, u, v)``, or none, ``f(x)``; x a
-            tensor or a tuple of tensors.  Each sample must be mapped on its own.
+            tensor or a tuple of tensors.
         solver: how to solve; `Auto()`.
         adjoint: how to differentiate; exact, `ImplicitAdjoint()`.
         x0: where to start: a tensor (batch, \\*state) or (1, \\*state), a tuple of such, a function of u, or a
             `Start` such as `WarmStart()`; zeros like u when left out.
         on_failure: what an unconverged sample causes: "warn", "raise" or "ignore".
+        coupled: whether samples influence one another through f; as for `fixed_point`, None looks.
         trace: keep the residual of every evaluation in `stats`; None where the loop looks at every evaluation anyway,
             which it does unless f has an ``equilibrium``.
 
@@ -63,6 +64,7 @@ class DEQ(nn.Module):
         x0: State | Callable[..., State] | Start | None = None,
         on_failure: OnFailure = "warn",
         trace: bool | None = None,
+        coupled: bool | None = None,
     ) -> None:
         super().__init__()
         if not callable(f) or isinstance(f, type):
@@ -70,10 +72,11 @@ class DEQ(nn.Module):
         self.f = f
         self.solver = Auto() if solver is None else solver
         self.adjoint = ImplicitAdjoint() if adjoint is None else adjoint
-        check_settings("DEQ", self.solver, self.adjoint, on_failure)
+        check_settings("DEQ", self.solver, self.adjoint, on_failure, coupled)
         self.start = start(x0)
         self.on_failure = on_failure
         self.trace = trace
+        self.coupled = coupled
         self.stats: Report | None = None
 
     def forward(self, *u: Tensor | tuple[Tensor, ...]) -> State:
@@ -151,7 +154,7 @@ class DEQ(nn.Module):
         trace = not isinstance(f, Equilibrium) if self.trace is None else self.trace
         solution = fixed_point(
             f, _fitting(self.start(*inputs), inputs, f), *args,
-            solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
+            solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace, coupled=self.coupled,
         )  # fmt: skip
         if not transformed():  # what torch.func wraps must not outlive its transform
             self.start.keep(solution)
@@ -172,6 +175,12 @@ class _Watched(Frozen):
         super().__init__(f)
         self.seen: dict[int, State] = {}
         self._numbers, self._count = numbers, 0
+
+    def look(self, evaluate: Callable[[], Any]) -> bool:
+        coupled = super().look(evaluate)
+        self._count = 0
+        self.seen.clear()
+        return coupled
 
     def __call__(self, x: State, *u: Tensor) -> State:
         self._count += 1
