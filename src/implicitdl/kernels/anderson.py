@@ -27,7 +27,8 @@ class _Problem(ctypes.Structure):
 class Memory:
     """The last residuals and values of f, newest first, and the products of their differences.
 
-    Vectors stay where they were written: when samples leave, only the table of where they are becomes shorter.
+    Vectors stay where they were written: when samples leave, only the table of where they are becomes shorter.  C is
+    called for what it `serves` only.
     """
 
     growth: float
@@ -39,14 +40,16 @@ class Memory:
     depth: Tensor
     steps: int = 0
     sizes: Tensor | None = None  # (2, batch)  of the present vectors, once they have been looked at
-    values: list[Tensor] = field(default_factory=list)  # f(x), held so that they stay
+    values: list[_Value] = field(default_factory=list)  # f(x), held so that they stay
     r: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.uintp))  # (held + 1, batch)  addresses
     f: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.uintp))
 
     @classmethod
     def of(cls, x: Tensor, memory: int, growth: float, damping: float) -> Memory | None:
         """An empty one for states like x, (batch, d); None where torch has to do it."""
-        if torch.is_grad_enabled() or memory > _MOST or not reachable(x) or library("anderson", x.dtype) is None:
+        if torch.is_grad_enabled() or memory > _MOST or not reachable(x) or x.dim() != 2:
+            return None
+        if library("anderson", x.dtype) is None:
             return None
         batch, nowhere = len(x), np.empty((0, len(x)), np.uintp)
         # Numpy asks the system for large pages, of which a solve then faults in a few and not thousands.
@@ -59,12 +62,21 @@ class Memory:
             r=nowhere, f=nowhere,
         )  # fmt: skip
 
+    def serves(self, x: Tensor, fx: Tensor) -> bool:
+        """Whether x and f(x) are those of its samples, in its precision and in reach, and the earlier values are too.
+
+        They are the user's tensors, whose storage may have been resized since.
+        """
+        shape = (len(self.gram), self.vectors.shape[2])
+        own = reachable(self.vectors, x, fx) and x.shape == shape and fx.shape == shape
+        return own and all(value.is_there() for value in self.values)
+
     def look(self, x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:
         """‖f(x) − x‖ and ‖f(x)‖ of every sample, (batch,)."""
-        x, fx = x.contiguous(), fx.contiguous()
-        self.values = [fx, *self.values[: len(self.vectors) - 1]]
-        self.r = np.vstack([_rows(self.vectors[self.steps % len(self.vectors)], len(x)), self.r])
-        self.f = np.vstack([_rows(fx, len(x)), self.f])
+        x, value, held = x.contiguous(), _Value(fx), len(self.vectors) - 1
+        self.values = [value, *self.values[:held]]
+        self.r = np.vstack([_rows(self.vectors[self.steps % len(self.vectors)], len(x)), self.r[:held]])
+        self.f = np.vstack([_rows(value.tensor, len(x)), self.f[:held]])
         self.sizes = x.new_empty(2, len(x), dtype=torch.float64)
         self._call("look", x)
         change, size = self.sizes.to(x.dtype)
@@ -99,6 +111,18 @@ class Memory:
         compiled = library("anderson", x.dtype)
         assert compiled is not None, "asked for at the beginning"
         compiled[function](ctypes.byref(problem))
+
+
+class _Value:
+    """A tensor of its own over the numbers of f(x): other strides given to the user's leave it alone."""
+
+    def __init__(self, fx: Tensor) -> None:
+        self.tensor = fx.detach().contiguous()
+        self.address = self.tensor.data_ptr()
+        self.end = self.tensor.element_size() * (self.tensor.storage_offset() + self.tensor.numel())
+
+    def is_there(self) -> bool:
+        return self.tensor.data_ptr() == self.address and self.tensor.untyped_storage().nbytes() >= self.end
 
 
 def _rows(x: Tensor, count: int) -> np.ndarray:

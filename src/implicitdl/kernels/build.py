@@ -27,9 +27,10 @@ _OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-marc
 _WORTH_A_THREAD = 1 << 16
 
 
-def threads(work: int) -> int:
-    """How many are worth having for so many multiplications, of those that torch may use."""
-    return 1 if _forked else min(torch.get_num_threads(), max(1, work // _WORTH_A_THREAD))
+def threads(work: int, parts: int | None = None) -> int:
+    """How many are worth having for so many multiplications, in so many parts, of those that torch may use."""
+    worth = work // _WORTH_A_THREAD if parts is None else min(work // _WORTH_A_THREAD, parts)
+    return 1 if _forked else max(1, min(torch.get_num_threads(), worth))
 
 
 # Threads do not outlive a fork, but OpenMP would wait for them for ever.
@@ -44,11 +45,20 @@ def reachable(*tensors: Tensor) -> bool:
     # A tracer and a mode of dispatch see torch's operations only, and would take the results for constants.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
-    for x in tensors:
-        # The imaginary part of a conjugate has the other sign in memory.
-        if not (x.is_cpu and x.dtype is dtype and type(x) in _DENSE and x.layout is torch.strided) or x.is_neg():
-            return False
-    return True
+    return all(x.dtype is dtype and _is_dense(x) for x in tensors)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x has the numbers that it shows at its own address, by its own strides."""
+    return (
+        type(x) in _DENSE
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not x.is_neg()  # the imaginary part of a conjugate, with the other sign in memory
+        and torch._C._has_storage(x)  # torch.func's wrappers have none
+        and (x.data_ptr() != 0 or x.numel() == 0)  # torch's own zeros, and storage that was given back
+    )
 
 
 def address(tensor: Tensor | None) -> int | None:

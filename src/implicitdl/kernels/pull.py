@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .build import address, library, reachable, threads
+from .build import library, reachable, threads
 
 # Multiplications from which on torch's product is the faster one.
 _LARGE = 1 << 21
@@ -24,19 +24,19 @@ def pull(
         source, scale, radius: where the rows of A are scale · source, (n, n) and (n, 1), shrunk onto the ball of this
             radius: the product is pulled back to them.
     """
-    if v.dim() != 2 or not reachable(v, slope, x) or not v.shape == slope.shape == x.shape:
+    given = [t for t in (v, slope, x, source, scale) if t is not None]
+    if not reachable(*given) or v.dim() != 2 or not v.shape == slope.shape == x.shape:
         return None
     batch, n = v.shape
+    if [t.shape for t in given[3:]] not in ([], [(n, n), (n, 1)]):
+        return None
     compiled = _typed(v.dtype) if batch * n * n < _LARGE else None
     if compiled is None:
         return None
-    v, slope, x = v.contiguous(), slope.contiguous(), x.contiguous()
-    source = None if source is None else source.contiguous()
-    w, out = torch.empty_like(v), v.new_empty(n, n)
-    done = compiled.pull(
-        v.data_ptr(), slope.data_ptr(), x.data_ptr(), address(source), address(scale), w.data_ptr(), out.data_ptr(),
-        batch, n, radius, threads(batch * n * n),
-    )  # fmt: skip
+    given = [t.contiguous() for t in given]  # held until C has read them
+    pointers = [t.data_ptr() for t in given] + [None] * (5 - len(given))
+    w, out = torch.empty_like(given[0]), v.new_empty(n, n)
+    done = compiled.pull(*pointers, w.data_ptr(), out.data_ptr(), batch, n, radius, threads(batch * n * n))
     return (out, w) if done else None
 
 

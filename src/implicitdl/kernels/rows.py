@@ -24,10 +24,10 @@ def scale_rows(v: Tensor, radius: float) -> tuple[Tensor, Tensor] | None:
 
 def scale_rows_vjp(v: Tensor, scale: Tensor, g: Tensor, radius: float) -> Tensor | None:
     """The vector-Jacobian product of `scale_rows` with g; None where torch has to do it."""
-    compiled = _library(v, g)
-    if compiled is None or v.dim() != 2:
+    compiled = _library(v, scale, g)
+    if compiled is None or v.dim() != 2 or g.shape != v.shape or scale.shape != (len(v), 1):
         return None
-    v, g = v.contiguous(), g.contiguous()
+    v, scale, g = v.contiguous(), scale.contiguous(), g.contiguous()
     product = torch.empty_like(v)
     compiled.scale_rows_vjp(
         v.data_ptr(), scale.data_ptr(), g.data_ptr(), product.data_ptr(), *v.shape, radius, threads(v.numel())
@@ -51,7 +51,7 @@ def norms(x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor] | None:
     found = x.new_empty(2, len(x), dtype=torch.float64)
     change, size = found
     compiled.norms(
-        x.data_ptr(), fx.data_ptr(), change.data_ptr(), size.data_ptr(), *x.shape, min(len(x), threads(x.numel()))
+        x.data_ptr(), fx.data_ptr(), change.data_ptr(), size.data_ptr(), *x.shape, threads(x.numel(), len(x))
     )
     change, size = found.to(x.dtype)
     return change, size
@@ -71,7 +71,7 @@ def aitken(x: Tensor, fx: Tensor, before: Tensor, tiny: float, longest: float) -
     following = torch.empty_like(x)
     compiled.aitken(
         x.data_ptr(), fx.data_ptr(), before.data_ptr(), following.data_ptr(), *x.shape, tiny, longest,
-        min(len(x), threads(x.numel())),
+        threads(x.numel(), len(x)),
     )  # fmt: skip
     return following
 

@@ -140,8 +140,10 @@ def sweeps(
 def _settings(
     dtype: torch.dtype, rtol: float, atol: float, budget: int, period: int, fast: float, patience: int
 ) -> _Settings:
-    return _Settings(rtol, atol, *_LIMITS[dtype], fast**period, budget, period, patience)
+    return _Settings(rtol, atol, *_LIMITS[dtype], fast**period, min(budget, _MOST_STEPS), period, patience)
 
+
+_MOST_STEPS = (1 << 31) - 1  # as the loop counts
 
 # Norms from the first figure on have squares that are neither zero nor without digits; the second is eps^-½.
 _LIMITS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class _History(NamedTuple):
     fx: Tensor  # (batch, d)  the last f(x), from step 1 on
     best: Tensor  # (batch,)  smallest ‖r‖ since the last restart
     step: int
+
+
+# None where torch's operations will begin.
+_State: TypeAlias = _History | Memory | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +65,41 @@ class Anderson(Solver):
         settle(self, positive, "growth")
         settle(self, damping, "damping")
 
-    def init(self, f: RowMap, x: Tensor) -> _History | Memory:
-        memory = Memory.of(x, self.memory, self.growth, self.damping)
-        if memory is not None:
-            return memory
-        batch, d = x.shape
-        m, kept = self.memory, precise(x.dtype)
+    def init(self, f: RowMap, x: Tensor) -> Memory | None:
+        return Memory.of(x, self.memory, self.growth, self.damping)
+
+    def norms(self, x: Tensor, fx: Tensor, state: _State) -> tuple[Tensor, Tensor] | None:
+        return state.look(x, fx) if isinstance(state, Memory) and state.serves(x, fx) else None
+
+    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _State) -> tuple[Tensor, _State, int]:
+        if isinstance(state, Memory) and state.serves(x, fx):
+            return state.step(x, fx), state, 0
+        # Values that are not what was expected of f begin again by torch's operations.
+        history = state if isinstance(state, _History) else self._empty(fx)
+        return *self._step(x, fx, history), 0
+
+    def take(self, state: _State, rows: Tensor) -> _State:
+        if state is None:
+            return None
+        if isinstance(state, Memory):
+            return state.take(rows)
+        parts = {name: part.index_select(0, rows) for name, part in state._asdict().items() if name != "step"}
+        return _History(**parts, step=state.step)
+
+    def _empty(self, fx: Tensor) -> _History:
+        batch, d = fx.shape
+        m, kept = self.memory, precise(fx.dtype)
         return _History(
-            dR=x.new_empty(batch, m + 2, d, dtype=kept),  # read only where filled
-            dF=x.new_empty(batch, m, d, dtype=kept),
-            gram=x.new_zeros(batch, m, m, dtype=kept),
-            valid=x.new_zeros(batch, m, dtype=torch.bool),
-            fx=x,
-            best=x.new_full((batch,), float("inf"), dtype=kept),
+            dR=fx.new_empty(batch, m + 2, d, dtype=kept),  # read only where filled
+            dF=fx.new_empty(batch, m, d, dtype=kept),
+            gram=fx.new_zeros(batch, m, m, dtype=kept),
+            valid=fx.new_zeros(batch, m, dtype=torch.bool),
+            fx=fx,
+            best=fx.new_full((batch,), float("inf"), dtype=kept),
             step=0,
         )
 
-    def norms(self, x: Tensor, fx: Tensor, state: _History | Memory) -> tuple[Tensor, Tensor] | None:
-        return state.look(x, fx) if isinstance(state, Memory) else None
-
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _History | Memory) -> tuple[Tensor, _History | Memory, int]:
-        if isinstance(state, Memory):
-            return state.step(x, fx), state, 0
+    def _step(self, x: Tensor, fx: Tensor, state: _History) -> tuple[Tensor, _History]:
         out_dtype = fx.dtype
         fx = fx.to(state.dR.dtype)
         dR, dF, gram, valid = state.dR, state.dF, state.gram, state.valid
@@ -93,7 +110,7 @@ class Anderson(Solver):
         r = dR[:, turn]
         size = torch.linalg.vector_norm(r, dim=1)
         if state.step == 0:
-            return self._damped(fx, r).to(out_dtype), state._replace(dR=dR, fx=fx, best=size, step=1), 0
+            return self._damped(fx, r).to(out_dtype), state._replace(dR=dR, fx=fx, best=size, step=1)
 
         slot, filled = (state.step - 1) % self.memory, min(state.step, self.memory)
         _difference(r, dR[:, last], out=dR[:, slot])
@@ -113,13 +130,7 @@ class Anderson(Solver):
             moved = moved - (1.0 - self.damping) * used
         x = torch.baddbmm(step.unsqueeze(1), gamma.unsqueeze(1), moved, alpha=-1.0).squeeze(1)
         best = torch.where(restart, size, torch.minimum(size, state.best))
-        return x.to(out_dtype), _History(dR, dF, gram, valid, fx, best, state.step + 1), 0
-
-    def take(self, state: _History | Memory, rows: Tensor) -> _History | Memory:
-        if isinstance(state, Memory):
-            return state.take(rows)
-        parts = {name: part.index_select(0, rows) for name, part in state._asdict().items() if name != "step"}
-        return _History(**parts, step=state.step)
+        return x.to(out_dtype), _History(dR, dF, gram, valid, fx, best, state.step + 1)
 
     def _damped(self, fx: Tensor, r: Tensor) -> Tensor:
         return fx if self.damping == 1.0 else fx - (1.0 - self.damping) * r
