@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import implicitdl
 from implicitdl import Auto, ImplicitModel
 from implicitdl._checks import ArgumentError
 from implicitdl.activations import BUILTIN
@@ -58,6 +59,12 @@ TEACHERS = {
 def case(request):
     phi, function, ball = TEACHERS[request.param]
     return mlp(phi), function, ball, torch.randn(300, 6)
+
+
+def test_the_seeds_names_of_sim_are_at_the_root():
+    for name in ("ADMMSolver", "ADMMMultiGPUSolver", "CVXSolver", "LeastSquareSolver", "ProjectedGDLowRankSolver"):
+        assert getattr(implicitdl, name) is getattr(implicitdl.sim.solvers, name)
+    assert implicitdl.SIM is implicitdl.sim.SIM
 
 
 class TestModel:

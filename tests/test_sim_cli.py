@@ -278,7 +278,7 @@ def test_a_pickle_in_an_exported_program_is_not_run(teachers, tmp_path, capsys):
         (["--teacher", "net.pt2", "--dtype", "half"], "--dtype to be one of"),
         (["--teacher", "net.pt2", "--kappa", "1"], "--kappa strictly between 0 and 1"),
         (["--teacher", "net.pt2", "--samples", "9999"], "--samples of at most"),
-        (["--teacher", "net.pt2", "--lambda-z", "-1"], "lambda_z"),
+        (["--teacher", "net.pt2", "--lambda-z", "-1"], "--lambda-z ≥ 0"),
         (["--teacher", "net.pt2", "--rank", "3"], "a --solver with --rank"),
         (["--teacher", "net.pt2", "--solver", "least-squares", "--lambda-z", "1"], "a --solver with --lambda-z"),
         (["--teacher", "net.pt2", "--refit"], "--refit together with --path"),

@@ -20,6 +20,8 @@ from .nn import (
     ImplicitRNNCell,
     compress,
 )
+from .sim import SIM
+from .sim.solvers import ADMMMultiGPUSolver, ADMMSolver, CVXSolver, LeastSquareSolver, ProjectedGDLowRankSolver
 from .solution import (
     BackwardReport,
     ConvergenceError,
@@ -49,6 +51,9 @@ __all__ = [
     "DEQ",
     "GMRES",
     "SHINE",
+    "SIM",
+    "ADMMMultiGPUSolver",
+    "ADMMSolver",
     "Activation",
     "Adjoint",
     "Aitken",
@@ -57,6 +62,7 @@ __all__ = [
     "Auto",
     "BackwardReport",
     "Broyden",
+    "CVXSolver",
     "CircularConvolution",
     "CircularEquilibrium",
     "ConvergenceError",
@@ -71,6 +77,7 @@ __all__ = [
     "ImplicitModel",
     "ImplicitRNN",
     "ImplicitRNNCell",
+    "LeastSquareSolver",
     "Logger",
     "LowRankEquilibrium",
     "Monitor",
@@ -78,6 +85,7 @@ __all__ = [
     "PeacemanRachford",
     "PhantomGradient",
     "Picard",
+    "ProjectedGDLowRankSolver",
     "Report",
     "Solution",
     "Solver",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import positive, positive_int, wrong
+from ._checks import open_unit, positive_int, wrong
 from .linearize import vjp
 from .rows import State, rows_of
 from .solution import ImplicitFunctionWarning
@@ -47,7 +47,7 @@ def jacobian_regularization(
         >>> round(float(jacobian_regularization(lambda x: 0.5 * x, torch.ones(3, 4))), 6)
         0.25
     """
-    positive_int("jacobian_regularization", "samples", samples)
+    samples = positive_int("jacobian_regularization", "samples", samples)
     at = _Transposed("jacobian_regularization", f, x, args)
     total = at.rows.new_zeros(())
     for _ in range(samples):
@@ -104,8 +104,8 @@ def spectral_radius(
         >>> round(float(spectral_radius(lambda x: x @ turn.t(), torch.zeros(1, 2)).value), 4)
         0.9
     """
-    positive("spectral_radius", "rtol", rtol)
-    positive_int("spectral_radius", "dimension", dimension)
+    rtol = open_unit("spectral_radius", "rtol", rtol)
+    dimension = positive_int("spectral_radius", "dimension", dimension)
     at = _Transposed("spectral_radius", f, x, args)
     with torch.no_grad():
         found = _dense(at) if at.rows.shape[1] <= dimension else _arnoldi(at, rtol, dimension)

@@ -14,6 +14,8 @@ from .._checks import ArgumentError, MissingExtraError, extra
 from ..solution import ConvergenceError, ImplicitFunctionWarning
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+# How torch words, on a CPU and on a GPU, that there is no room for a tensor.
+_TOO_LARGE = ("allocate memory", "out of memory", "Storage size calculation overflowed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _say(error, _INTERRUPTED)
         except (ArgumentError, MissingExtraError, OSError, ConvergenceError) as error:
             return _say(error, _BAD_INPUT)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TOO_LARGE):
+                raise
+            return _say(f"not enough memory for sizes such as these ({error})", _BAD_INPUT)
     if code == _INTERRUPTED:
         return _say("interrupted", _INTERRUPTED)
     return int(code or 0)

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from .._checks import wrong
+from .._checks import positive_int, wrong
 from ..data import Data, load
 from ..nn import ImplicitModel, JacobianPenalty
 from ..training.evaluate import Loss
 from .models import Model
 from .options import Options
+
+# Far more than help; a hundred thousand would end the process when the first of them is started.
+_MOST_THREADS = 1024
 
 
 def data(options: Options, root: str | None = None) -> Data:
@@ -67,10 +70,21 @@ class Schedule:
         return 1.0
 
 
+def threads(who: str, count: int | None) -> None:
+    """As many threads of PyTorch's as asked for."""
+    if count is None:
+        return
+    if positive_int(who, "--threads", count) > _MOST_THREADS:
+        raise wrong(who, f"--threads of at most {_MOST_THREADS}", count)
+    torch.set_num_threads(count)
+
+
 def device(who: str, name: str | None) -> torch.device:
     """A device that is there."""
     try:
-        return torch.empty(0, device=name or "cpu").device
+        place = torch.zeros(1, device="cpu" if name is None else name)
+        place.item()  # "meta" has no numbers
+        return place.device
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         reason = str(error).splitlines()[0].rstrip(".")
         raise wrong(who, "--device to be one that is here, such as cpu", f"{name!r} ({reason})") from error

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .._checks import positive_int
 from ..data import Data
 from ..solution import ImplicitFunctionWarning
 from ..training import train
@@ -46,8 +45,7 @@ def run(
     options = dataclasses.replace(options, precision=options.precision or launched).check()
     if device is not None:
         build.device(WHO, device)
-    if threads is not None:
-        torch.set_num_threads(positive_int(WHO, "--threads", threads))
+    build.threads(WHO, threads)
     data = build.data(options)
     torch.manual_seed(options.seed)
     model = models.model(options, data.train_ds.shape, data.output_dim)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import activations
-from .._checks import positive_int, takes, wrong
+from .._checks import takes, wrong
 from ..data import Data, image_loader
 from ..data import load as load_data
 from ..sim import SIM, SIMReport, score
@@ -39,8 +39,7 @@ def run(options: SimOptions, *, out: str | None, device: str | None, threads: in
     Of several processes, each matches a share of the rows, and the first one tests, prints and writes.
     """
     place = build.device(WHO, device)
-    if threads is not None:
-        torch.set_num_threads(positive_int(WHO, "--threads", threads))
+    build.threads(WHO, threads)
     main_process = int(os.environ.get("RANK", "0")) == 0
     where = _new_folder(options, out) if main_process else None
     teacher = load(options.teacher, options.layers, options.activation).to(place)

@@ -13,6 +13,7 @@ from typer import Option
 from .._checks import choice, fraction, non_negative, non_negative_int, open_unit, positive, positive_int, wrong
 from ..activations import BUILTIN
 from ..data import NAMES
+from ..solvers.base import damping
 
 WHO = "train"
 
@@ -41,6 +42,21 @@ _data, _model, _solving, _training = (
 )
 
 
+# What each number has to be; None is nothing to check where it is the default.
+_NUMBERS: dict[Callable[[str, str, Any], float], tuple[str, ...]] = {
+    positive_int: (
+        "rank", "hidden_dim", "channels", "inner_channels", "cells", "memory", "period", "max_steps", "phantom_steps",
+        "grad_max_steps", "epochs", "batch_size",
+    ),
+    non_negative_int: ("split_seed", "halvings", "seed"),
+    open_unit: ("holdout", "kappa", "tol", "grad_tol"),
+    fraction: ("momentum", "warmup", "label_smoothing"),
+    damping: ("damping",),
+    positive: ("lr", "clip", "jac_reg"),
+    non_negative: ("weight_decay",),
+}  # fmt: skip
+
+
 def _one_of(names: Any) -> str:
     return " | ".join(names)
 
@@ -51,7 +67,7 @@ class Options:
 
     data: Annotated[str, _data(help=_one_of(NAMES))] = "digits"
     root: Annotated[str | None, _data(help="Folder of the datasets; else IMPLICITDL_DATA, else 'data'.")] = None
-    holdout: Annotated[float, _data(help="Share of the training data that chooses the epoch.")] = 0.1
+    holdout: Annotated[float, _data(help="Share of the training data that chooses the epoch, in (0, 1).")] = 0.1
     split_seed: Annotated[int, _data(help="Seed of the split of digits and of the held-out part.")] = 0
 
     model: Annotated[str, _model(help=f"implicit is x = φ(Ax + Bu), y = Cx + Du: {_one_of(MODELS)}")] = "implicit"
@@ -108,23 +124,12 @@ class Options:
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 choice(WHO, flag(name), getattr(self, name), known)
-        for name in ("hidden_dim", "epochs", "batch_size", "max_steps"):
-            positive_int(WHO, flag(name), getattr(self, name))
-        for name in ("seed", "split_seed"):
-            non_negative_int(WHO, flag(name), getattr(self, name))
-        for name in ("warmup", "label_smoothing"):
-            fraction(WHO, flag(name), getattr(self, name))
-        if self.kappa is not None:
-            open_unit(WHO, "--kappa", self.kappa)
-        positive(WHO, "--lr", self.lr)
-        non_negative(WHO, "--weight-decay", self.weight_decay)
-        if self.momentum is not None:
-            fraction(WHO, "--momentum", self.momentum)
-        for name in ("clip", "jac_reg"):
-            if getattr(self, name) is not None:
-                positive(WHO, flag(name), getattr(self, name))
-        if not positive(WHO, "--holdout", self.holdout) < 1:
-            raise wrong(WHO, "0 < --holdout < 1", self.holdout, "The epoch is not chosen on the test set.")
+        for check, names in _NUMBERS.items():
+            for name in names:
+                if getattr(self, name) is not None or _DEFAULTS[name] is not None:
+                    check(WHO, flag(name), getattr(self, name))
+        if self.period == 1:
+            raise wrong(WHO, "--period of at least 2", 1)
         self._check_together()
         return self
 
@@ -148,10 +153,11 @@ class Options:
             ("period", self.solver == "aitken", "--solver aitken"),
             ("phantom_steps", self.adjoint == "phantom", "--adjoint phantom"),
             ("momentum", self.optimizer == "sgd", "--optimizer sgd"),
+            ("grad_solver", self.adjoint == "exact", "--adjoint exact"),
             ("grad_tol", self.adjoint == "exact", "--adjoint exact"),
             ("grad_max_steps", self.adjoint == "exact", "--adjoint exact"),
         ):
-            if getattr(self, name) is not None and not goes:
+            if getattr(self, name) != _DEFAULTS[name] and not goes:
                 raise wrong(WHO, f"{flag(name)} together with {partner}", "it alone", f"Leave out {flag(name)}.")
         if self.structure == "triangular" and self.adjoint in ("shine", "unrolled"):
             raise wrong(

@@ -99,6 +99,8 @@ class Outcome:
             for key, name in names.items()
         }
         curves = {name: points for name, points in curves.items() if points}
+        if not curves:  # λ was so large that nothing is left
+            return
         viz.sparsity(curves, reference=reference, of="held-out", path=self._where / "plots" / "sparsity.png")
 
 

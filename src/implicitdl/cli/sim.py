@@ -19,8 +19,10 @@ from ..sim.solvers import (
     CVXSolver,
     LeastSquareSolver,
     OneSidedSolver,
+    PenalisedSolver,
     ProjectedGDLowRankSolver,
 )
+from .options import flag
 from .teacher import WHO
 
 T = TypeVar("T")
@@ -32,6 +34,12 @@ SOLVERS: dict[str, type[BaseSolver]] = {
     "one-sided": OneSidedSolver,
     "low-rank": ProjectedGDLowRankSolver,
     "least-squares": LeastSquareSolver,
+}
+_NUMBERS: dict[Callable[[str, str, Any], float], tuple[str, ...]] = {
+    positive_int: ("samples", "rank"),
+    non_negative_int: ("seed", "split_seed"),
+    open_unit: ("holdout", "kappa"),
+    non_negative: ("lambda_z", "lambda_y"),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -64,19 +72,20 @@ class SimOptions:
     def check(self) -> SimOptions:
         for name, known in (("data", NAMES), ("activation", BUILTIN), ("solver", SOLVERS), ("dtype", DTYPES)):
             choice(WHO, f"--{name}", getattr(self, name), known)
-        if self.samples is not None:
-            positive_int(WHO, "--samples", self.samples)
-        non_negative_int(WHO, "--seed", self.seed)
-        if self.split_seed is not None:
-            non_negative_int(WHO, "--split-seed", self.split_seed)
-        open_unit(WHO, "--holdout", self.holdout)
-        open_unit(WHO, "--kappa", self.kappa)
+        for check, names in _NUMBERS.items():
+            for name in names:
+                if getattr(self, name) is not None:
+                    check(WHO, flag(name), getattr(self, name))
         given = [values for values in (self.lambdas(), self.counts()) if values is not None]
         if self.refit and not given:
             raise wrong(WHO, "--refit together with --path or --nonzeros", "it alone", "Leave out --refit.")
         if len(given) > 1:
             raise wrong(WHO, "--path or --nonzeros", "both", "Leave out one of them.")
-        self.build_solver()
+        solver = self.build_solver()
+        if given and not isinstance(solver, PenalisedSolver):
+            raise wrong(
+                WHO, "a --solver with penalties for --path or --nonzeros", self.solver, "Take admm, or leave them out."
+            )  # fmt: skip
         return self
 
     def lambdas(self) -> list[float] | None:
@@ -101,16 +110,15 @@ class SimOptions:
         given = {name: value for name, value in given.items() if value is not None}
         known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         for name in given.keys() - known:
-            flag = "--" + name.replace("_", "-")
-            raise wrong(WHO, f"a --solver with {flag}", self.solver, f"Leave out {flag}.")
+            raise wrong(WHO, f"a --solver with {flag(name)}", self.solver, f"Leave out {flag(name)}.")
         return kind(**given)
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
+def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
     try:
         return [kind(word) for word in text.split(",")]
     except ValueError as error:
-        raise wrong(WHO, f"{flag} with numbers such as 100,10,1", repr(text)) from error
+        raise wrong(WHO, f"{option} with numbers such as 100,10,1", repr(text)) from error
 
 
 def sim(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,11 +87,14 @@ def spiky(
         (torch.Size([5964, 60, 1]), torch.Size([5964, 1]), torch.Size([3976, 60, 1]))
     """
     who = "spiky"
-    non_negative_int(who, "level", level)
-    positive_int(who, "points", points)
-    positive_int(who, "look_back", look_back)
-    fraction(who, "test_fraction", test_fraction)
-    positive(who, "span", span)
+    level = non_negative_int(who, "level", level)
+    points = positive_int(who, "points", points)
+    look_back = positive_int(who, "look_back", look_back)
+    test_fraction = fraction(who, "test_fraction", test_fraction)
+    span = positive(who, "span", span)
+    if not isinstance(frequencies, Iterable):
+        raise wrong(who, "frequencies to be a sequence of numbers", repr(frequencies))
+    tones = [non_negative(who, "frequencies", frequency) for frequency in frequencies]
     amplitude = non_negative(who, "amplitude", level / 2 if amplitude is None else amplitude)
     noise = non_negative(who, "noise", 0.05 * level if noise is None else noise)
     spikes = non_negative_int(who, "spikes", 20 + level if spikes is None else spikes)
@@ -102,7 +106,7 @@ def spiky(
     generator = _seeded(who, seed)
     x = torch.linspace(0, span, points, dtype=torch.float64)
     series = x.sin() + noise * torch.randn(points, generator=generator, dtype=torch.float64)
-    fast = amplitude * (x[:, None] * torch.as_tensor(frequencies, dtype=torch.float64)).sin().sum(1)
+    fast = amplitude * (x[:, None] * torch.tensor(tones, dtype=torch.float64)).sin().sum(1)
     starts = torch.randint(points - spike_length + 1, (spikes, 1), generator=generator)
     inside = (starts + torch.arange(spike_length)).flatten()
     series[inside] = fast[inside]
@@ -165,9 +169,9 @@ def arithmetic(
     """
     who = "arithmetic"
     choice(who, "task", task, tuple(_TASKS))
-    positive_int(who, "inputs", inputs)
-    positive_int(who, "samples", samples)
-    positive(who, "factor", factor)
+    inputs = positive_int(who, "inputs", inputs)
+    samples = positive_int(who, "samples", samples)
+    factor = positive(who, "factor", factor)
     generator = _seeded(who, seed)
     # Drawn even when given, so that the data of a seed do not depend on who chose the slices.
     drawn = _random_slice(inputs, generator), _random_slice(inputs, generator)
@@ -189,10 +193,13 @@ def _random_slice(inputs: int, generator: Generator) -> tuple[int, int]:
 
 
 def _checked_slices(who: str, slices: Slices, inputs: int) -> Slices:
-    pair = isinstance(slices, (tuple, list)) and len(slices) == 2
-    if not pair or not all(len(ends) == 2 and 0 <= ends[0] < ends[1] <= inputs for ends in slices):
+    try:
+        (n, m), (p, q) = (map(operator.index, ends) for ends in slices)
+    except (TypeError, ValueError):
+        n = m = p = q = 0
+    if not (0 <= n < m <= inputs and 0 <= p < q <= inputs):
         raise wrong(who, f"slices ((n, m), (p, q)) with 0 ≤ n < m ≤ inputs={inputs}, p and q alike", slices)
-    return slices
+    return (n, m), (p, q)
 
 
 def _seeded(who: str, seed: int) -> Generator:

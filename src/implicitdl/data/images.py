@@ -38,7 +38,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.pixels = pixels.contiguous()
         self.labels = labels.long()
         self.classes = tuple(classes)
-        self.white = white
+        self.white = positive_int("Images", "white", white)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,5 +120,5 @@ def image_loader(
         >>> images.shape, labels.shape
         (torch.Size([5, 1, 8, 8]), torch.Size([5]))
     """
-    positive_int("image_loader", "batch_size", batch_size)
+    batch_size = positive_int("image_loader", "batch_size", batch_size)
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=_whole)

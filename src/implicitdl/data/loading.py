@@ -108,9 +108,9 @@ def load(
         (torch.Size([64, 1, 8, 8]), torch.int64, 360)
     """
     choice("load", "name", name, NAMES)
-    positive_int("load", "batch_size", batch_size)
-    fraction("load", "holdout", holdout)
-    non_negative_int("load", "seed", seed)
+    batch_size = positive_int("load", "batch_size", batch_size)
+    holdout = fraction("load", "holdout", holdout)
+    seed = non_negative_int("load", "seed", seed)
     if name == "digits":
         train, test = _stratified(digits(), _DIGITS_TEST, seed)
     else:

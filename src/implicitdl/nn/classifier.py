@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from .._checks import non_negative_int, positive_int, wrong
+from .._checks import non_negative_int, open_unit, positive_int, wrong
 from ..adjoints import Adjoint, ImplicitAdjoint
 from ..solution import OnFailure
 from ..solvers import PeacemanRachford, Solver
@@ -123,7 +123,8 @@ class _ConvClassifier(_Classifier):
         self.output_dim = positive_int(who, "output_dim", output_dim)
         self.cells = positive_int(who, "cells", cells)
         self.halvings = non_negative_int(who, "halvings", halvings)
-        self.channels, self.kernel_size = channels, kernel_size
+        self.channels = positive_int(who, "channels", channels)
+        self.kernel_size = positive_int(who, "kernel_size", kernel_size)
         self.stem = _stem(input_channels, channels, halvings)
         self.head = nn.Sequential(
             nn.BatchNorm2d(channels),
@@ -186,7 +187,8 @@ class ConvEquilibriumClassifier(_ConvClassifier):
         on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
-        self.inner_channels, self.num_groups = inner_channels, num_groups
+        self.inner_channels = positive_int("ConvEquilibriumClassifier", "inner_channels", inner_channels)
+        self.num_groups = positive_int("ConvEquilibriumClassifier", "num_groups", num_groups)
         # The block before the stem, so that one seed gives the tutorial's weights.
         f = ResidualBlock(channels, inner_channels, kernel_size, num_groups)
         self._assemble(input_channels, output_dim, channels, halvings, cells, kernel_size)
@@ -237,7 +239,7 @@ class MonotoneConvClassifier(_ConvClassifier):
         on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
-        self.m = m
+        self.m = open_unit("MonotoneConvClassifier", "m", m)
         f = MonotoneConvBlock(channels, kernel_size, m=m)
         self._assemble(input_channels, output_dim, channels, halvings, cells, kernel_size)
         splitting = PeacemanRachford()

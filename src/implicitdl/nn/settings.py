@@ -36,9 +36,10 @@ def rank(is_low_rank: bool, given: int | None, n: int) -> int | None:
         return None
     if given is None:
         raise wrong(_WHO, "a rank with is_low_rank=True", None, "Pass rank=r, well below hidden_dim.")
-    if positive_int(_WHO, "rank", given) > n:
+    count = positive_int(_WHO, "rank", given)
+    if count > n:
         raise wrong(_WHO, f"rank ≤ hidden_dim={n}", given)
-    return given
+    return count
 
 
 def activation(f: type[ImplicitFunction], given: Activation | None) -> Activation:

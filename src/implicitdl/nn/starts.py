@@ -93,9 +93,9 @@ class RandomStart(ZeroStart):
     def __init__(self, scale: float = 1.0, *, share: float = 1.0, shape: Shape | None = None) -> None:
         super().__init__(shape)
         self.scale = positive("RandomStart", "scale", scale)
-        if non_negative("RandomStart", "share", share) > 1:
+        self.share = non_negative("RandomStart", "share", share)
+        if self.share > 1:
             raise wrong("RandomStart", "0 ≤ share ≤ 1", share)
-        self.share = share
 
     def forward(self, *u: Tensor) -> State:
         x0 = super().forward(*u)

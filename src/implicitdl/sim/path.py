@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from .._checks import non_negative, positive_int, wrong
+from .._checks import wrong
 from ..nn import ImplicitModel
 from .matching import Matching, Progress
 from .problem import RowProblem
@@ -42,8 +42,6 @@ def by_penalty(
     matching: Matching, solver: BaseSolver, lambdas: Sequence[float], refit: bool, moved: Progress | None
 ) -> list[PathPoint]:
     """A point for each λ_z, in the order given; solved from the largest, which is the sparsest, down."""
-    for value in lambdas:
-        non_negative("SIM.path", "lambdas", value)
     walk = _Walk(matching, solver, refit)
     points = {value: walk.at(value) for value in _counted(sorted(set(lambdas), reverse=True), moved)}
     return [points[value] for value in lambdas]
@@ -53,8 +51,6 @@ def by_count(
     matching: Matching, solver: BaseSolver, nonzeros: Sequence[int], refit: bool, moved: Progress | None
 ) -> list[PathPoint]:
     """For each count the densest model found that has at most so many nonzeros, by bisection in log λ."""
-    for value in nonzeros:
-        positive_int("SIM.path", "nonzeros", value)
     walk = _Walk(matching, solver, refit)
     points = {value: walk.below(value) for value in _counted(sorted(set(nonzeros)), moved)}
     return [points[value] for value in nonzeros]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import open_unit, wrong
+from .._checks import non_negative, open_unit, positive_int, wrong
 from ..activations import Activation, from_function
 from ..nn import ImplicitModel
 from .matching import Matching, in_units
@@ -95,9 +95,11 @@ class SIM:
             raise wrong(who, "dtype float32 or float64", dtype)
         self.activation = activation_fn if isinstance(activation_fn, Activation) else from_function(activation_fn)
         self.kappa = open_unit(who, "kappa", kappa)
-        self.skip_layers, self.layers = skip_layers, layers
+        self.skip_layers = None if skip_layers is None else positive_int(who, "skip_layers", skip_layers)
+        self.layers = layers
         self.device, self.dtype = torch.device(device), dtype
-        self.rescale, self.bias, self.max_memory = rescale, bias, max_memory
+        self.rescale, self.bias = rescale, bias
+        self.max_memory = positive_int(who, "max_memory", max_memory)
         self._model: ImplicitModel | None = None
         self.report: SIMReport | None = None
 
@@ -197,6 +199,10 @@ class SIM:
         name, values = ("nonzeros", nonzeros) if lambdas is None else ("lambdas", lambdas)
         if len(values or ()) == 0:
             raise wrong("SIM.path", f"{name} with at least one value", values, "Name the models to find.")
+        if lambdas is None:
+            nonzeros = [positive_int("SIM.path", "nonzeros", count) for count in nonzeros or ()]
+        else:
+            lambdas = [non_negative("SIM.path", "lambdas", value) for value in lambdas]
         chosen = _solver("SIM.path", solver)
         states = self._states(model, dataloader, states_data_path, None)
         matching = self.matching(states, model)

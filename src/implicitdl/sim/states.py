@@ -68,7 +68,7 @@ def get_states(
         True
     """
     _check(model, layers, skip_layers, dtype)
-    positive_int(_WHO, "max_memory", max_memory)
+    max_memory = positive_int(_WHO, "max_memory", max_memory)
     folder = None if path is None else new_folder(_WHO, path)
     place = place_of(model)
     whole = whole_modules(model, layers)
