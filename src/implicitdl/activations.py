@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def bounded_numerically(name: str, phi: Elementwise, dphi: Elementwise) -> Activ
     """An Activation for a φ whose slope is not known: the slope is bounded on a grid, and that is said aloud."""
     # 2·10⁵ points on [−100, 100]: a slope that varies on the scale of 1 is met to 1e-6, and an unbounded one
     # shows as the largest value being taken at the end of the interval.
-    z = torch.linspace(-100.0, 100.0, 200_001, dtype=torch.float64)
+    z = torch.linspace(-100.0, 100.0, 200_001, dtype=torch.float64, device="cpu")
     slopes = dphi(z)
     low, high = float(slopes.min()), float(slopes.max())
     warnings.warn(
@@ -120,11 +121,23 @@ def _gelu_slope(z: Tensor) -> Tensor:
 _SILU = 1.099839320128867
 _GELU = 1.1289041451851547
 
+
+@dataclass(frozen=True)
+class LeakySlope:  # a class, not a closure, so that a model which holds it can be pickled
+    """1 for z > 0, and the slope on the negative side elsewhere."""
+
+    negative: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        # In z's dtype from the start: where() of two numbers is of torch's default dtype, and float32 has no 0.01.
+        return torch.full_like(z, self.negative).masked_fill(z > 0, 1.0)
+
+
 RELU = Activation("relu", torch.relu, lambda z: (z > 0).to(z.dtype), (0.0, 1.0), homogeneous=True)
 LEAKY_RELU = Activation(
     "leaky_relu",
     lambda z: F.leaky_relu(z, 0.01),
-    lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype),
+    LeakySlope(0.01),
     (0.01, 1.0),
     homogeneous=True,
 )
@@ -132,7 +145,9 @@ IDENTITY = Activation("identity", lambda z: z, torch.ones_like, (1.0, 1.0), homo
 TANH = Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, (0.0, 1.0))
 SIGMOID = Activation("sigmoid", torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), (0.0, 0.25))
 HARDTANH = Activation("hardtanh", F.hardtanh, lambda z: (z.abs() < 1).to(z.dtype), (0.0, 1.0))
-SOFTPLUS = Activation("softplus", F.softplus, torch.sigmoid, (0.0, 1.0))
+# Torch's own threshold, 20, leaves out e⁻²⁰ = 2e-9, which float64 can tell: the function would jump there, and bounds
+# by its slopes would be false.  Beyond 40 it is less than the rounding of z.
+SOFTPLUS = Activation("softplus", partial(F.softplus, threshold=40.0), torch.sigmoid, (0.0, 1.0))
 ELU = Activation("elu", F.elu, lambda z: torch.exp(z.clamp(max=0)), (0.0, 1.0))
 SILU = Activation("silu", F.silu, _silu_slope, (1 - _SILU, _SILU))
 GELU = Activation("gelu", F.gelu, _gelu_slope, (1 - _GELU, _GELU))

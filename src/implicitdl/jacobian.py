@@ -158,7 +158,8 @@ def _arnoldi(at: _Transposed, rtol: float, dimension: int) -> SpectralRadius:
     batch, d = at.rows.shape
     kept = torch.promote_types(at.rows.dtype, torch.float32)
     # One start for all samples, so that a sample's answer does not depend on its batch.
-    start = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(at.rows.device, kept)
+    start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    start = start.to(at.rows.device, kept)
     V = torch.zeros(batch, dimension + 1, d, dtype=kept, device=at.rows.device)
     H = torch.zeros(batch, dimension + 1, dimension, dtype=kept, device=at.rows.device)
     V[:, 0] = start / start.norm()

@@ -53,7 +53,7 @@ class Box:
         Raises:
             ArgumentError: a negative ε, or a u outside the domain.
         """
-        if bool((torch.as_tensor(eps) < 0).any()):
+        if bool((torch.as_tensor(eps, device=u.device) < 0).any()):
             raise wrong("Box.around", "ε ≥ 0", eps)
         # Exact for a float32 u, whose own arithmetic would move the faces by its rounding.
         u = u.detach().flatten(1).double()

@@ -61,14 +61,17 @@ def _kink(left: float, right: float, low: Tensor, high: Tensor) -> Lines:
     The slope on the side where more of the interval lies makes the smaller triangle.
     """
     across = (low < 0) & (high > 0)
-    settled = torch.where(low >= 0, right, left).to(low)
+    # Numbers become tensors of the interval's dtype: where() of two of them is of torch's default dtype, which may hold
+    # less than float64 does of a slope such as 0.01.
+    lower, upper = torch.full_like(low, left), torch.full_like(low, right)
+    settled = torch.where(low >= 0, upper, lower)
     # Where nothing crosses the kink the width may be 0, and where() would still differentiate the quotient.
     width = torch.where(across, high - low, 1.0)
     chord = torch.where(across, (right * high - left * low) / width, settled)
     offset = torch.where(across, (left - chord) * low, 0.0)
-    chosen = torch.where(across, torch.where(high > -low, right, left).to(low), settled)
+    chosen = torch.where(across, torch.where(high > -low, upper, lower), settled)
     zero = torch.zeros_like(low)
-    least, most = (torch.where(across, slope, settled) for slope in (left, right))
+    least, most = (torch.where(across, slope, settled) for slope in (lower, upper))
     return Lines(chord, offset, chosen, zero, least, most)
 
 

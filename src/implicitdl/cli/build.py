@@ -82,7 +82,7 @@ def threads(who: str, count: int | None) -> None:
 def device(who: str, name: str | None) -> torch.device:
     """A device that is there."""
     try:
-        place = torch.zeros(1, device="cpu" if name is None else name)
+        place = torch.zeros(1, dtype=torch.float32, device="cpu" if name is None else name)
         place.item()  # "meta" has no numbers
         return place.device
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA

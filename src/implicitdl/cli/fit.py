@@ -97,7 +97,7 @@ def _try_one_step(model: Model, data: Data) -> None:
     u, y = data.train_ds[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitFunctionWarning)  # the run itself will say it
-        F.cross_entropy(model(u.unsqueeze(0)), torch.tensor([y])).backward()
+        F.cross_entropy(model(u.unsqueeze(0)), torch.tensor([y], dtype=torch.int64, device=u.device)).backward()
     model.zero_grad()
 
 

@@ -104,7 +104,7 @@ def _settled(options: SimOptions) -> tuple[SimOptions, Data]:
 
 
 def _samples(options: SimOptions, data: Data) -> Any:
-    drawn = torch.randperm(len(data.train_ds), generator=torch.Generator().manual_seed(options.seed))
+    drawn = torch.randperm(len(data.train_ds), generator=torch.Generator().manual_seed(options.seed), device="cpu")
     return image_loader(data.train_ds.take(drawn[: options.samples]), _BATCH)
 
 
@@ -113,7 +113,7 @@ def _try(teacher: nn.Module, loader: Any) -> None:
     images, _ = next(iter(loader))
     do = "Take the --data it was trained on; export it with a batch size that is free."
     with takes(WHO, "a teacher", images, do):
-        score(teacher, [(images, torch.zeros(len(images), dtype=torch.long))])
+        score(teacher, [(images, torch.zeros(len(images), dtype=torch.long, device=images.device))])
 
 
 def _claimed(where: Path | None, options: SimOptions) -> contextlib.AbstractContextManager[None]:

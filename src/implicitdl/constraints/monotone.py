@@ -70,7 +70,7 @@ class Monotone(Constraint):
         unit = self._eye(A)
         squares, vectors = torch.linalg.eigh(self.kappa * unit - (A + A.t()) / 2)
         P = torch.linalg.qr(squares.clamp(min=0).sqrt().unsqueeze(1) * vectors.t()).R
-        P = torch.where(P.diagonal() < 0, -1.0, 1.0).unsqueeze(1) * P
+        P = torch.ones_like(A[0]).masked_fill(P.diagonal() < 0, -1.0).unsqueeze(1) * P
         return (P - self.kappa**0.5 * unit).triu() + ((A - A.t()) / 2).tril(-1)
 
     def contains(self, A: Tensor) -> bool:

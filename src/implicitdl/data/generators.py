@@ -104,11 +104,11 @@ def spiky(
         raise wrong(who, longest, points, "Ask for a longer series or shorter windows.")
 
     generator = _seeded(who, seed)
-    x = torch.linspace(0, span, points, dtype=torch.float64)
-    series = x.sin() + noise * torch.randn(points, generator=generator, dtype=torch.float64)
-    fast = amplitude * (x[:, None] * torch.tensor(tones, dtype=torch.float64)).sin().sum(1)
-    starts = torch.randint(points - spike_length + 1, (spikes, 1), generator=generator)
-    inside = (starts + torch.arange(spike_length)).flatten()
+    x = torch.linspace(0, span, points, dtype=torch.float64, device="cpu")
+    series = x.sin() + noise * torch.randn(points, generator=generator, dtype=torch.float64, device="cpu")
+    fast = amplitude * (x[:, None] * torch.tensor(tones, dtype=torch.float64, device="cpu")).sin().sum(1)
+    starts = torch.randint(points - spike_length + 1, (spikes, 1), generator=generator, device="cpu")
+    inside = (starts + torch.arange(spike_length, device="cpu")).flatten()
     series[inside] = fast[inside]
 
     windows = series.to(torch.get_default_dtype()).unfold(0, look_back + 1, 1)
@@ -178,7 +178,7 @@ def arithmetic(
     first, second = drawn if slices is None else _checked_slices(who, slices, inputs)
 
     def pairs(half_width: float) -> tuple[Tensor, Tensor]:
-        unit = 2 * torch.rand(samples, inputs, generator=generator, dtype=torch.float64) - 1
+        unit = 2 * torch.rand(samples, inputs, generator=generator, dtype=torch.float64, device="cpu") - 1
         u = (half_width * unit).to(torch.get_default_dtype())
         # Targets from the rounded u, summed in float64: what a model is asked for is exact to rounding.
         a, b = (u[:, start:stop].double().sum(1, keepdim=True) for start, stop in (first, second))
@@ -188,7 +188,7 @@ def arithmetic(
 
 
 def _random_slice(inputs: int, generator: Generator) -> tuple[int, int]:
-    start, stop = torch.randperm(inputs + 1, generator=generator)[:2].sort().values.tolist()
+    start, stop = torch.randperm(inputs + 1, generator=generator, device="cpu")[:2].sort().values.tolist()
     return start, stop
 
 

@@ -53,7 +53,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Fetched:
         """A batch at once; DataLoader and Subset call this where it exists."""
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device=self.pixels.device)
         return Fetched(self._scaled(self.pixels.index_select(0, rows)), self.labels.index_select(0, rows))
 
     def take(self, rows: Tensor) -> Images:

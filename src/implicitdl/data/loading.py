@@ -133,7 +133,7 @@ def load(
 def _stratified(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     """Split off a share of every class, as a user of scikit-learn would, to be compared with like figures."""
     split = extra("sklearn.model_selection", "data").train_test_split
-    rows = torch.arange(len(images)).numpy()
+    rows = torch.arange(len(images), device="cpu").numpy()
     try:
         kept, held = split(rows, test_size=share, stratify=images.labels.numpy(), random_state=seed % 2**32)
     except ValueError as error:

@@ -154,7 +154,7 @@ def _read(dataset: Any, root: Path, *, train: bool) -> Images:
         # NumPy warn.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         source = dataset(root, train=train, download=False)
-    pixels, labels = torch.as_tensor(source.data), torch.as_tensor(source.targets)
+    pixels, labels = (torch.as_tensor(part, device="cpu") for part in (source.data, source.targets))
     if len(pixels) != len(labels) or not 0 <= labels.min() <= labels.max() < len(source.classes):
         raise ValueError(f"{len(pixels)} images and {len(labels)} labels, {labels.min()} to {labels.max()}")
     channels_first = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)

@@ -24,6 +24,7 @@ class MonotoneConvBlock(nn.Module):
         kernel_size: k of the two free kernels, odd; A has 2k − 1 taps a side.
         m: the strong monotonicity of I − A, in (0, 1).
         activation: φ, with slopes in [0, 1].
+        device, dtype: of the kernels.
 
     Source: Winston & Kolter, Monotone operator equilibrium networks (2020).
 
@@ -36,7 +37,16 @@ class MonotoneConvBlock(nn.Module):
         (torch.Size([2, 8, 5, 5]), True)
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, *, m: float = 0.1, activation: Activation = RELU) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        *,
+        m: float = 0.1,
+        activation: Activation = RELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         who = "MonotoneConvBlock"
         positive_int(who, "channels", channels)
@@ -45,7 +55,7 @@ class MonotoneConvBlock(nn.Module):
         require_proximal(who, activation)
         self.activation = activation
         self.constraint = MonotoneKernel(m=m)
-        raw = torch.empty(2, channels, channels, kernel_size, kernel_size)
+        raw = torch.empty(2, channels, channels, kernel_size, kernel_size, device=device, dtype=dtype)
         # As torch.nn.Conv2d draws its kernels: of each, the output of unit input has variance 1/3.
         bound = (channels * kernel_size**2) ** -0.5
         self.raw = nn.Parameter(raw.uniform_(-bound, bound))

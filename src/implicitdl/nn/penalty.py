@@ -46,7 +46,7 @@ class JacobianPenalty:
     def __call__(self) -> Tensor:
         """The sum over the forward passes since the last call, a scalar; 0 where there was none."""
         terms, self._terms = self._terms, []
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32, device="cpu")
 
     def remove(self) -> None:
         """Leave the layer as it was."""

@@ -102,7 +102,7 @@ class RandomStart(ZeroStart):
         if not self.training:
             return x0
         parts = x0 if isinstance(x0, tuple) else (x0,)
-        noisy = torch.rand(len(parts[0]), device=parts[0].device) < self.share
+        noisy = torch.rand(len(parts[0]), dtype=torch.float32, device=parts[0].device) < self.share
         drawn = tuple(torch.where(_like_rows(noisy, part), self.scale * torch.randn_like(part), part) for part in parts)
         return drawn if isinstance(x0, tuple) else drawn[0]
 
@@ -136,7 +136,7 @@ class WarmStart(Start):
         if not isinstance(self.first, Start) or isinstance(self.first, WarmStart):
             raise wrong("WarmStart", "first to be a start of another kind, such as ZeroStart()", repr(first))
         self._last: tuple[Tensor, ...] = ()
-        self._converged = torch.empty(0, dtype=torch.bool)
+        self._converged = torch.empty(0, dtype=torch.bool, device="cpu")
 
     def forward(self, *u: Tensor) -> State:
         x0: State = self.first(*u)

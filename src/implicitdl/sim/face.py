@@ -116,7 +116,7 @@ def _padded_together(padded: Tensor, chosen: Tensor, rhs: Tensor, shift: float, 
     if size == 0:
         return torch.zeros_like(rhs)
     at, column = chosen.nonzero(as_tuple=True)
-    index = torch.full((rows, size), d, device=chosen.device)
+    index = torch.full((rows, size), d, dtype=torch.int64, device=chosen.device)
     index[at, chosen.cumsum(dim=1)[at, column] - 1] = column
     matrices = padded[index.unsqueeze(2), index.unsqueeze(1)]
     # Padding is an identity block, and its right-hand side the zero appended to rhs.

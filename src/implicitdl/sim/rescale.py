@@ -57,7 +57,7 @@ def teacher_weights(
     if isinstance(model, ImplicitModel):
         A = model.statespace().A.detach().double().cpu()
         if RowScaling(kappa).contains(A.to(model.B.dtype)):
-            return torch.ones(len(A), dtype=A.dtype)
+            return torch.ones(len(A), dtype=A.dtype, device=A.device)
         return perron_weights(A, kappa) if perron_root(A) < kappa else None
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(part, ImplicitModel) for part in model.modules()):
         return None

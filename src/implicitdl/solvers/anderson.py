@@ -153,7 +153,7 @@ def _least_squares(gram: Tensor, rhs: Tensor, valid: Tensor) -> Tensor:
     # The rounding of a scalar product of unit vectors: below it a direction of the memory is noise.
     ridge = 10 * torch.finfo(gram.dtype).eps
     normal = normal.double()
-    normal.diagonal(dim1=1, dim2=2).copy_(torch.where(use, 1.0 + ridge, 1.0).double())
+    normal.diagonal(dim1=1, dim2=2).copy_(1.0 + ridge * use.double())
     factor, failed = torch.linalg.cholesky_ex(normal)
     gamma = torch.cholesky_solve((rhs * inverse).double().unsqueeze(2), factor).squeeze(2)
     # A sample whose memory is degenerate beyond the ridge takes the plain step.

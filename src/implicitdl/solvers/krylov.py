@@ -41,7 +41,7 @@ class Krylov(Rows):
             Q=x.new_zeros(batch, m + 1, d, dtype=kept),
             H=x.new_zeros(batch, m + 1, m, dtype=kept),
             nu=x.new_zeros(batch, m + 1, dtype=kept),
-            place=torch.full((batch,), -1, device=x.device),
+            place=torch.full((batch,), -1, dtype=torch.int64, device=x.device),
             h=x.new_zeros(batch, dtype=kept),
             enough=x.new_zeros(batch, dtype=kept),
             left=budget - 1,

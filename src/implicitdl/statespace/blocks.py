@@ -37,9 +37,8 @@ def joined(blocks: Sequence[Block]) -> Activation:
 
 def slopes_of(blocks: Sequence[Block], like: Tensor) -> Tensor:
     """(n,) max|φ'| of every state."""
-    slopes = [block.activation.lipschitz for block in blocks]
-    sizes = torch.tensor([block.size for block in blocks], dtype=torch.int64)
-    return torch.tensor(slopes, dtype=like.dtype).repeat_interleave(sizes).to(like.device)
+    slopes = [block.activation.lipschitz for block in blocks for _ in range(block.size)]
+    return torch.tensor(slopes, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,12 @@ def eliminate_linear(space: StateSpace) -> StateSpace:
         >>> eliminate_linear(m).D
         tensor([[2.]])
     """
-    linear = [block.activation.homogeneous and block.activation.slope == (1.0, 1.0) for block in space.blocks]
-    mask = torch.tensor(linear, dtype=torch.bool).repeat_interleave(torch.tensor(space.sizes, dtype=torch.int64))
-    return without_linear(space, mask.to(space.device))
+    linear = [
+        block.activation.homogeneous and block.activation.slope == (1.0, 1.0)
+        for block in space.blocks
+        for _ in range(block.size)
+    ]
+    return without_linear(space, torch.tensor(linear, dtype=torch.bool, device=space.device))
 
 
 def without_linear(space: StateSpace, linear: Tensor) -> StateSpace:

@@ -16,7 +16,7 @@ from torch import Tensor
 # Torch says once a process that CSR is in beta, also where a COO product uses it inside; said here, it is not heard.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False, device="cpu")
 
 
 def is_sparse(M: Tensor) -> bool:
@@ -26,7 +26,8 @@ def is_sparse(M: Tensor) -> bool:
 def coo(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """The matrix with these entries, those of equal place added up."""
     # Said explicitly, else torch warns that it does not check; the indices are the library's own.
-    return torch.sparse_coo_tensor(torch.stack((rows, columns)), values, shape, check_invariants=False).coalesce()
+    places = torch.stack((rows, columns))
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, device=values.device).coalesce()
 
 
 def normalized(M: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def csr(M: Tensor) -> Tensor:
     """A sparse M as CSR, on the same memory."""
     rows, columns = M.indices()
     starts = torch.searchsorted(rows, torch.arange(M.shape[0] + 1, device=M.device))
-    return torch.sparse_csr_tensor(starts, columns, M.values(), M.shape, check_invariants=False)
+    return torch.sparse_csr_tensor(starts, columns, M.values(), M.shape, check_invariants=False, device=M.device)
 
 
 def linear(x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
@@ -106,7 +107,7 @@ def take(M: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _places(indices: Tensor, size: int) -> Tensor:
     """Where each of ``size`` old indices stands in the new list; −1 where it does not."""
-    places = torch.full((size,), -1, device=indices.device)
+    places = torch.full((size,), -1, dtype=torch.int64, device=indices.device)
     places[indices] = torch.arange(len(indices), device=indices.device)
     return places
 
@@ -182,8 +183,8 @@ def partition(M: Tensor, heights: Sequence[int], widths: Sequence[int]) -> dict[
             for k, m in table.nonzero().tolist()
         }
     i, j, values = entries(M)
-    bounds = torch.searchsorted(i, torch.tensor([*tops, M.shape[0]], device=M.device)).tolist()
-    edges = torch.tensor(lefts, device=M.device)
+    bounds = torch.searchsorted(i, torch.tensor([*tops, M.shape[0]], dtype=torch.int64, device=M.device)).tolist()
+    edges = torch.tensor(lefts, dtype=torch.int64, device=M.device)
     parts = {}
     for k, (first, last) in enumerate(pairwise(bounds)):
         block = torch.searchsorted(edges, j[first:last], right=True) - 1

@@ -46,7 +46,7 @@ def perron_root(A: Tensor) -> float:
     needs, nodes = looping(A)
     roots = [0.0]
     for group in components(needs):
-        index = nodes[torch.tensor(group, device=A.device)]
+        index = nodes[torch.tensor(group, dtype=torch.int64, device=A.device)]
         roots.append(_irreducible_root(dense(take(A, index, index)).abs().double()))
     return max(roots)
 

@@ -99,7 +99,8 @@ def merge_proportional(space: StateSpace) -> StateSpace:
     leader = torch.arange(space.n, device=space.device)
     numbers = block_numbers(space)
     for activation in dict.fromkeys(block.activation for block in space.blocks):
-        own = torch.tensor([block.activation == activation for block in space.blocks], device=space.device)
+        same = [block.activation == activation for block in space.blocks]
+        own = torch.tensor(same, dtype=torch.bool, device=space.device)
         states = own[numbers].nonzero().flatten()
         unit = sizes[states] if activation.homogeneous else torch.ones_like(sizes[states])
         leader[states] = states[_first_of_equal(scaled(take_rows(R.detach(), states), 1 / unit))]
@@ -118,7 +119,7 @@ def _first_of_equal(R: Tensor) -> Tensor:
     Equal rows have equal keys, and stand beside each other when sorted by them.  Rows that differ but have the same
     key to the last digit could keep two equal ones apart, and one state more would stay.
     """
-    weights = torch.rand(R.shape[1], generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+    weights = torch.rand(R.shape[1], generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64, device="cpu")
     order = torch.argsort(R @ weights.to(R), stable=True)
     apart = abs_row_sums(take_rows(R, order[1:]) - take_rows(R, order[:-1]))
     size = abs_row_sums(take_rows(R, order[1:]))
@@ -126,7 +127,7 @@ def _first_of_equal(R: Tensor) -> Tensor:
     new[1:] = apart > _SAME_ROW * torch.finfo(R.dtype).eps * size
     group = torch.empty_like(order)
     group[order] = new.cumsum(0) - 1
-    first = torch.full((int(new.sum()),), len(order), device=R.device)
+    first = torch.full((int(new.sum()),), len(order), dtype=torch.int64, device=R.device)
     numbers = torch.arange(len(order), device=R.device)
     return first.scatter_reduce(0, group, numbers, "amin")[group]
 

@@ -121,7 +121,7 @@ class RowFit:
     """Rows (first, second, bias) fitted to targets, each over the entries that are not zero."""
 
     def __init__(self, first: Tensor, second: Tensor, biased: bool, radius: float) -> None:
-        column = torch.full((len(first), 1), biased, device=first.device)
+        column = torch.full((len(first), 1), biased, dtype=torch.bool, device=first.device)
         self.support = torch.cat((first != 0, second != 0, column), 1)
         self.width, self.radius, self.dtype = first.shape[1], radius, first.dtype
 

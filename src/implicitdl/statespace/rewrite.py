@@ -56,5 +56,5 @@ def blocks_of(space: StateSpace, kept: Tensor) -> tuple[Block, ...]:
 
 def block_numbers(space: StateSpace) -> Tensor:
     """(n,) the block that each state belongs to."""
-    sizes = torch.tensor(space.sizes, dtype=torch.int64)
-    return torch.arange(len(sizes)).repeat_interleave(sizes).to(space.device)
+    numbers = [k for k, size in enumerate(space.sizes) for _ in range(size)]
+    return torch.tensor(numbers, dtype=torch.int64, device=space.device)

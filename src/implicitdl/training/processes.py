@@ -107,7 +107,7 @@ class Processes:
         """The main process's seed."""
         if self.count == 1:
             return seed
-        shared = torch.tensor(seed, device=self.device)
+        shared = torch.tensor(seed, dtype=torch.int64, device=self.device)
         torch.distributed.broadcast(shared, 0)
         return int(shared)
 
@@ -173,7 +173,7 @@ def _leave_group() -> None:
 
 def draw_seed() -> int:
     """One number from torch's global stream, so that torch.manual_seed decides it."""
-    return int(torch.randint(2**31, ()))
+    return int(torch.randint(2**31, (), device="cpu"))
 
 
 @contextlib.contextmanager

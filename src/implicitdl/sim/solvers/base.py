@@ -117,7 +117,7 @@ class BaseSolver(ABC):
         """
         config = checked(type(self).__name__, (X, U, Z, Y), model_config)
         (X, U, Z, Y), means = centred((X, U, Z, Y), intercept)
-        A, B, C, D = (torch.as_tensor(W).to(X.device, torch.float64) for W in self.solve(X, U, Z, Y, config))
+        A, B, C, D = (torch.as_tensor(W, dtype=torch.float64, device=X.device) for W in self.solve(X, U, Z, Y, config))
         shapes = [(len(Z), len(X)), (len(Z), len(U)), (len(Y), len(X)), (len(Y), len(U))]
         if [tuple(W.shape) for W in (A, B, C, D)] != shapes:
             got = [tuple(W.shape) for W in (A, B, C, D)]

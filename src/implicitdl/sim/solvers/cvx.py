@@ -118,13 +118,13 @@ class CVXSolver(PenalisedSolver):
         try:
             task.solve(solver=self.solver, verbose=self.verbose, **self.options)
         except cp.error.SolverError as error:
-            return _Found(torch.zeros(problem.shape), torch.zeros(problem.T.shape), str(error)).to(problem)
+            return _Found(problem.T.new_zeros(problem.shape), torch.zeros_like(problem.T), str(error)).to(problem)
         if task.status not in _SOLVED:
-            return _Found(torch.zeros(problem.shape), torch.zeros(problem.T.shape), task.status).to(problem)
+            return _Found(problem.T.new_zeros(problem.shape), torch.zeros_like(problem.T), task.status).to(problem)
         value = torch.from_numpy(w.value)
         value = value.masked_fill(value.abs() <= self.zero, 0.0)
         value[:, : problem.n] = cast_inside(value[:, : problem.n], torch.float64, problem.kappa)
-        theta = torch.zeros(problem.T.shape) if self.regularized else torch.from_numpy(-constraints[0].dual_value)
+        theta = torch.zeros_like(problem.T) if self.regularized else torch.from_numpy(-constraints[0].dual_value)
         return _Found(value, theta, task.status).to(problem)
 
 

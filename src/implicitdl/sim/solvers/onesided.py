@@ -75,7 +75,7 @@ class OneSidedSolver(ADMMSolver):
 
     def solve_hidden(self, problem: RowProblem, start: RowSolution | None = None) -> RowSolution:
         w = self.solve_rows(problem.other(problem.T.clamp(min=0))).w if start is None else start.w
-        w = torch.cat([self._row(problem.take(row), w[row]) for row in torch.arange(len(w)).split(1)])
+        w = torch.cat([self._row(problem.take(row), w[row]) for row in torch.arange(len(w), device=w.device).split(1)])
         report, _ = certify(_plain(problem, w), w, self.tol, move=False)
         return RowSolution(w[:, : problem.n], w[:, problem.n :], report)
 

@@ -84,7 +84,7 @@ class RowSolver(BaseSolver):
             yield start
 
     def solve(self, X: Tensor, U: Tensor, Z: Tensor, Y: Tensor, model_config: ModelConfig | None = None) -> Solved:
-        X, U, Z, Y = (torch.as_tensor(states) for states in (X, U, Z, Y))
+        X, U, Z, Y = (M if isinstance(M, Tensor) else torch.as_tensor(M, device="cpu") for M in (X, U, Z, Y))
         A, B, C, D = self.fit(X, U, Z, Y, model_config)
         return A, B, C, D
 

@@ -218,4 +218,6 @@ def widened(M: Tensor, width: int) -> Tensor:
 
 def _with_values(M: Tensor, values: Tensor, width: int | None = None) -> Tensor:
     shape = (M.shape[0], M.shape[1] if width is None else width)
-    return torch.sparse_coo_tensor(M.indices(), values, shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        M.indices(), values, shape, is_coalesced=True, check_invariants=False, device=values.device
+    )

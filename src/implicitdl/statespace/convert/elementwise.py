@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...activations import ELU, GELU, HARDTANH, LEAKY_RELU, RELU, SOFTPLUS, Activation
+from ...activations import ELU, GELU, HARDTANH, LEAKY_RELU, RELU, SOFTPLUS, Activation, LeakySlope
 from .affine import Affine, NoFormError
 
 Value = Affine | Tensor | float
@@ -71,21 +70,13 @@ def _default(value: Affine, record: Activation, **kept: bool) -> Affine:
     return value.activated(record)
 
 
-@dataclass(frozen=True)
-class _LeakySlope:  # a class, not a closure, so that a model which holds it can be pickled
-    negative: float
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return torch.where(z > 0, 1.0, self.negative).to(z.dtype)
-
-
 @cache
 def _leaky(slope: float) -> Activation:
     if slope == 0.01:  # torch's default, and the record's
         return LEAKY_RELU
     phi = partial(F.leaky_relu, negative_slope=slope)
     ends = (min(slope, 1.0), max(slope, 1.0))
-    return Activation(f"leaky_relu({slope:g})", phi, _LeakySlope(slope), ends, homogeneous=True)
+    return Activation(f"leaky_relu({slope:g})", phi, LeakySlope(slope), ends, homogeneous=True)
 
 
 def add(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002

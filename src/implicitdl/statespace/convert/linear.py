@@ -83,7 +83,7 @@ def avg_pool(dims: int) -> Rule:
         channels, sizes = image(input, dims)
         pool = F.avg_pool1d if dims == 1 else F.avg_pool2d
         divisor = () if dims == 1 else (divisor_override,)
-        ones = torch.ones(1, 1, *sizes, dtype=torch.float64)
+        ones = torch.ones(1, 1, *sizes, dtype=torch.float64, device="cpu")
         mean = pool(ones, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)[0, 0]
         return _averaged(input, channels, sizes, pooling(mean.shape, kernel_size, stride, padding), mean)
 
@@ -95,7 +95,7 @@ def adaptive_avg_pool(dims: int) -> Rule:
         channels, sizes = image(input, dims)
         counts = [s if c is None else c for s, c in zip(sizes, per_axis(output_size, dims), strict=True)]
         axes = [adaptive_axis(s, c) for s, c in zip(sizes, counts, strict=True)]
-        return _averaged(input, channels, sizes, axes, torch.ones(counts, dtype=torch.float64))
+        return _averaged(input, channels, sizes, axes, torch.ones(counts, dtype=torch.float64, device="cpu"))
 
     return rule
 

@@ -51,7 +51,7 @@ def stack(tensors: Sequence[Affine], dim: int = 0) -> Affine:
 
 def pad(input: Affine, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:  # noqa: A002
     """By zeros, by another constant, or by entries of its own."""
-    places = torch.arange(len(input.c), dtype=torch.float64).reshape(1, *input.features)
+    places = torch.arange(len(input.c), dtype=torch.float64, device="cpu").reshape(1, *input.features)
     places = F.pad(places, list(pad), mode=mode, value=-1.0 if mode == "constant" else None)
     if len(places) != 1:
         raise NoFormError("it pads the batch. Leave the first dimension alone")

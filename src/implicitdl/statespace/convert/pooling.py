@@ -29,7 +29,8 @@ def max_pool(dims: int) -> Callable[..., Affine]:
             raise NoFormError("places of maxima jump with the input. Ask for the maxima alone")
         channels, sizes = image(input, dims)
         pool = F.max_pool1d if dims == 1 else F.max_pool2d
-        counts = pool(torch.zeros(1, 1, *sizes), kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
+        zeros = torch.zeros(1, 1, *sizes, dtype=torch.float32, device="cpu")
+        counts = pool(zeros, kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
         seen = windows(pooling(counts, kernel_size, stride, padding, dilation), sizes)
         table = in_channels(seen, channels, math.prod(sizes)).to(input.device)
         return largest(input, table, (channels, *counts))

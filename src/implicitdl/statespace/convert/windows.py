@@ -20,20 +20,21 @@ def per_axis(value: Any, dims: int) -> tuple[int, ...]:
 
 def axis(count: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Tensor:
     """Windows at equal distances."""
-    return (torch.arange(count) * stride - padding).unsqueeze(1) + torch.arange(kernel) * dilation
+    first = torch.arange(count, device="cpu") * stride - padding
+    return first.unsqueeze(1) + torch.arange(kernel, device="cpu") * dilation
 
 
 def adaptive_axis(size: int, count: int) -> Tensor:
     """Windows from ⌊i·size/count⌋ to ⌈(i + 1)·size/count⌉, of nearly equal lengths; the rest of a row is outside."""
-    number = torch.arange(count)
+    number = torch.arange(count, device="cpu")
     first, last = number * size // count, -(-(number + 1) * size // count)
-    places = first.unsqueeze(1) + torch.arange(int((last - first).max()))
+    places = first.unsqueeze(1) + torch.arange(int((last - first).max()), device="cpu")
     return places.masked_fill(places >= last.unsqueeze(1), -1)
 
 
 def windows(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """(windows, places): the places in the flattened image of these sizes; −1 outside of it."""
-    flat = torch.zeros(1, 1, dtype=torch.int64)
+    flat = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     for positions, size in zip(axes, sizes, strict=True):
         inside = (positions >= 0) & (positions < size)
         both = (flat >= 0)[:, None, :, None] & inside[None, :, None, :]
@@ -44,5 +45,5 @@ def windows(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 def in_channels(image: Tensor, channels: int, size: int) -> Tensor:
     """The windows of one channel, repeated in every channel of an image with so many places."""
-    offsets = size * torch.arange(channels).reshape(-1, 1, 1)
+    offsets = size * torch.arange(channels, device=image.device).reshape(-1, 1, 1)
     return torch.where(image >= 0, image + offsets, -1).reshape(-1, image.shape[1])
