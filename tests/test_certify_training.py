@@ -184,7 +184,7 @@ class TestAttack:
         ):
             with pytest.raises(ArgumentError, match=words):
                 certify.pgd(torch.sin, u, labels, **settings)
-        with pytest.raises(ArgumentError, match=r"expected labels of shape \(batch=2,\), got \(1,\)"):
+        with pytest.raises(ArgumentError, match=r"expected labels of shape \(batch=2,\) int64, got \(\(1,\)"):
             certify.pgd(torch.sin, u, labels[:1], 0.1)
         with pytest.raises(ArgumentError, match="certified_accuracy: expected a loader with samples, got none"):
             certify.certified_accuracy(trained("certified"), [], 0.1)

@@ -108,6 +108,10 @@ def same_place(who: str, name: str, tensor: Tensor, like: Tensor) -> None:
         raise wrong(who, f"{name} of dtype {like.dtype}", tensor.dtype, f"Cast one of them: {name}.to({like.dtype}).")
 
 
+#: What to do about weights that are not finite.
+DIVERGED = "Training has diverged: go back to earlier weights, with a lower learning rate or clipped gradients."
+
+
 def finite(who: str, name: str, tensor: Tensor, do: str = "Clean the input first.") -> None:
     # One reduction instead of isfinite().all(): a sum is finite unless an entry is not, or it overflows,
     # and only then are the entries looked at one by one.

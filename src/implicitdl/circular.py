@@ -151,6 +151,10 @@ class CircularEquilibrium(Equilibrium):
         self.check_interval = 1  # a transform costs far more than a look at the residual
         self._shape = b.shape[1:]
 
+    @property
+    def named_weights(self) -> dict[str, Tensor]:
+        return {"A": torch.view_as_real(self.map.symbol)}
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.activation.phi(self.affine(x.flatten(1))).view_as(x)
 

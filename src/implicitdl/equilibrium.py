@@ -58,6 +58,11 @@ class Equilibrium:
         return self.weight.value
 
     @property
+    def named_weights(self) -> dict[str, Tensor]:
+        """What f is made of besides b, as the user gave it."""
+        return {"A": self.weight.source}
+
+    @property
     def _At(self) -> Tensor:
         # Not kept: a view that is made without grad has none later.
         return self.A.t()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import transforms
-from ._checks import wrong
+from ._checks import DIVERGED, finite, wrong
 from ._context import outside_graphs, plain, without_grad
 from .adjoints import Adjoint, ImplicitAdjoint
 from .coupling import after, announce_coupling, are_coupled
@@ -117,6 +117,9 @@ def fixed_point(
             problem = OneRow(problem, len(rows))
             rows, joint = adjoint.solve(problem, problem.together(rows), solver, on_failure, trace, report)
             outcome = after(outcome, joint.of_each(problem.samples))
+    if known is not None and not outcome.all_converged:
+        for name, weight in known.named_weights.items():
+            finite(who, name, weight, DIVERGED)
     announce(who, "forward", outcome.figures, outcome.all_converged, outcome.rtol, solver.max_steps, on_failure)
     if isinstance(problem, (RowsOf, OneRow)):
         problem.settle()

@@ -26,6 +26,10 @@ class LowRankEquilibrium(Equilibrium):
         self.activation, self.triangular = activation, False
         self.check_interval = check_interval(L.shape[0])
 
+    @property
+    def named_weights(self) -> dict[str, Tensor]:
+        return {"L": self.L, "R": self.R}
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.lift(x @ self.R)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import non_negative, wrong
-from .attack import losing_by, pgd
+from .attack import pgd
 from .bounds import margins
 from .domain import Box
+from .labels import check_labels, right
 from .methods import Crown, Method
 from .normal import Model, contractive, exact_space
 
@@ -72,6 +73,8 @@ def attacked_accuracy(
 ) -> AttackedAccuracy:
     """Clean and attacked accuracy of any classifier at radius ε: what is left to say where no bound applies.
 
+    With one output y, the logit of class 1, the model says label 1 where y > 0, else 0.
+
     Arguments:
         model: maps inputs to class scores (batch, q), differentiably.
         loader: batches (inputs, labels), where the model is and in its dtype.
@@ -92,8 +95,8 @@ def attacked_accuracy(
     """
     samples = clean = attacked = 0
     for u, labels in loader:
-        right, stands = _attacked(model, u, labels, eps, steps, restarts, domain)
-        samples, clean, attacked = samples + len(u), clean + int(right.sum()), attacked + int(stands.sum())
+        good, stands = _attacked(model, u, labels, eps, steps, restarts, domain)
+        samples, clean, attacked = samples + len(u), clean + int(good.sum()), attacked + int(stands.sum())
     _some("attacked_accuracy", samples)
     return AttackedAccuracy(eps, samples, clean / samples, attacked / samples)
 
@@ -111,7 +114,8 @@ def certified_accuracy(
     """Clean, attacked and certified accuracy of a classifier at radius ε, all of the same weights in float64.
 
     A sample counts as attacked when `pgd` leaves it right, and as certified when `margins` are positive.  Both speak of
-    the exact equilibrium; the attack solves it to 1e-10.
+    the exact equilibrium; the attack solves it to 1e-10.  With several outputs, the largest is what the model says, and
+    a tie counts as wrong.  With one output y, the logit of class 1, it says label 1 where y > 0, else 0.
 
     Arguments:
         model: an `ImplicitModel` or `StateSpace` whose equation contracts.
@@ -143,12 +147,13 @@ def certified_accuracy(
     samples = clean = attacked = certified = 0
     lost: list[float] = []
     for inputs, targets in loader:
+        check_labels(who, targets, len(inputs), space.q)
         u, labels = inputs.flatten(1).to(space.b_x), targets.to(space.device)
         found = margins(proved, Box.around(u, eps, domain), labels, method)
-        right, stands = _attacked(space, u, labels, eps, steps, restarts, domain)
+        good, stands = _attacked(space, u, labels, eps, steps, restarts, domain)
         # A point inside the box that the model gets wrong, and a proof that there is none.
         assert not bool((found.certified & ~stands).any()), "certify: a bound was violated by the attack"
-        samples, clean = samples + len(u), clean + int(right.sum())
+        samples, clean = samples + len(u), clean + int(good.sum())
         attacked, certified = attacked + int(stands.sum()), certified + int(found.certified.sum())
         lost += [] if found.lost is None else [found.lost * len(u)]
     _some(who, samples)
@@ -168,8 +173,8 @@ def _attacked(
     """Which samples are right, and which still are under attack, (batch,) each."""
     worst = pgd(model, u, labels, eps, steps=steps, restarts=restarts, domain=domain)
     with torch.no_grad():
-        right, stands = (losing_by(model(points), labels) < 0 for points in (u, worst))
-    return right, right & stands
+        clean, stands = (right(model(points), labels) for points in (u, worst))
+    return clean, clean & stands
 
 
 def _some(who: str, samples: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import non_negative, positive_int, wrong
+from .labels import check_labels, losing_by
 
 # Step size in units of ε/steps: far enough to cross the ball, and to come back from a face (Madry et al. 2018).
 _STRIDE = 2.5
@@ -28,12 +29,12 @@ def pgd(
 
     They ascend max_j≠label y_j − y_label, which is positive exactly where the model is wrong.  The first start is u
     itself, so that a sample that is wrong without an attack stays wrong; the other restarts begin at random points of
-    the ball.
+    the ball.  A model with one output says label 1 where y > 0, else 0.
 
     Arguments:
         model: maps inputs to class scores (batch, q); differentiable in its input, in the dtype of u.
         u: (batch, \\*any).
-        labels: (batch,) int64.
+        labels: (batch,) int64, class numbers.
         eps: ε ≥ 0, of every component.
         steps: gradient steps of each restart.
         restarts: starts, of which the first is u.
@@ -44,7 +45,7 @@ def pgd(
         Inputs of the shape of u, each the worst point that was seen for its sample.
 
     Raises:
-        ArgumentError: ε < 0, or labels of another shape.
+        ArgumentError: ε < 0, or labels that do not fit.
 
     Source: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks (2018).
 
@@ -57,8 +58,9 @@ def pgd(
     non_negative("pgd", "eps", eps)
     positive_int("pgd", "steps", steps)
     positive_int("pgd", "restarts", restarts)
-    if labels.shape != u.shape[:1]:
-        raise wrong("pgd", f"labels of shape (batch={len(u)},)", tuple(labels.shape))
+    if not u.is_floating_point():
+        raise wrong("pgd", "u of a floating-point dtype", u.dtype, "Cast it to the dtype of the weights.")
+    check_labels("pgd", labels, len(u))
     u = u.detach()
     low, high = u - eps, u + eps
     if domain is not None:
@@ -71,7 +73,7 @@ def pgd(
         for _ in range(steps + 1):  # the last one only looks
             with torch.enable_grad():
                 at = at.detach().requires_grad_()
-                lead = losing_by(model(at), labels)
+                lead = _lead(model, at, labels)
                 (g,) = torch.autograd.grad(lead.sum(), at)
             at, lead = at.detach(), lead.detach()
             better = lead > most
@@ -81,7 +83,9 @@ def pgd(
     return worst
 
 
-def losing_by(y: Tensor, labels: Tensor) -> Tensor:
-    """max_j≠label y_j − y_label, (batch,)."""
-    own = labels.unsqueeze(1)
-    return y.scatter(1, own, -torch.inf).amax(1) - y.gather(1, own).squeeze(1)
+def _lead(model: Callable[[Tensor], Tensor], u: Tensor, labels: Tensor) -> Tensor:
+    y = model(u)
+    if y.dim() != 2 or len(y) != len(u):
+        raise wrong("pgd", f"a model with scores of shape (batch={len(u)}, q)", tuple(y.shape))
+    check_labels("pgd", labels, len(u), y.shape[1])
+    return losing_by(y, labels)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import wrong
 from .domain import Box
 from .functionals import outputs, rivals
+from .labels import check_labels, classes
 from .methods import Crown, Interval, Method
 from .normal import Contractive, Model, contractive
 
@@ -19,7 +20,8 @@ class Margins:
     """How far a label stays ahead of every other class.
 
     Attributes:
-        lower: (batch, q) float64, a lower bound of y_label − y_j over the sample's box; inf at the label itself.
+        lower: (batch, q) float64, a lower bound of y_label − y_j over the sample's box; inf at the label itself.  Of a
+            model with one output (batch, 2), for the scores (0, y).
         lost: share of the bounds for which the raw adjoint bound was looser than the interval bound, which then stands;
             None for methods without one.
     """
@@ -69,7 +71,8 @@ def output_bounds(model: Model | Contractive, box: Box, method: Method | None = 
 def margins(model: Model | Contractive, box: Box, labels: Tensor, method: Method | None = None) -> Margins:
     """Lower bounds of y_label − y_j over a box of inputs, for every class j.
 
-    The difference is bounded as one function, not as the difference of two bounds.
+    The difference is bounded as one function, not as the difference of two bounds.  A model with one output y says
+    label 1 where y > 0, else 0: its scores are (0, y).
 
     Arguments:
         model: an `ImplicitModel` or `StateSpace` whose equation contracts.
@@ -93,14 +96,10 @@ def margins(model: Model | Contractive, box: Box, labels: Tensor, method: Method
     """
     who = "margins"
     model, box, method = _arguments(who, model, box, method)
-    q = model.space.q
-    if labels.shape != (len(box.lower),) or labels.dtype != torch.int64:
-        raise wrong(who, f"labels of shape (batch={len(box.lower)},) int64", (tuple(labels.shape), labels.dtype))
-    if bool(((labels < 0) | (labels >= q)).any()):
-        raise wrong(who, f"labels from 0 to {q - 1}", f"{int(labels.min())} to {int(labels.max())}")
+    check_labels(who, labels, len(box.lower), model.space.q)
     labels = labels.to(box.lower.device)
     (worst,) = method.uppers(model, box, [rivals(model.space, labels)])
-    own = torch.nn.functional.one_hot(labels, q).bool()
+    own = torch.nn.functional.one_hot(labels, classes(model.space.q)).bool()
     lost = None if worst.lost is None else int((worst.lost & ~own).sum()) / max(int((~own).sum()), 1)
     return Margins((-worst.value).masked_fill(own, torch.inf), lost)
 

@@ -112,7 +112,7 @@ def certified_upper(
     # Every term of the bound by its absolute values: those of A, B and b_x add up to |ψ| · magnitude, and a line is
     # off by the rounding of its ends.
     terms = _dot(psi.abs() + v.abs() * model.slopes, inside.magnitude) + _dot(v.abs(), inside.x.magnitude)
-    return value + model.rounding * (terms + of.magnitude(inside.x, u))
+    return value + model.slack(terms + of.magnitude(inside.x, u))
 
 
 def certified_uppers(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..statespace import StateSpace
 from .domain import Box
+from .labels import classes, score_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +52,10 @@ def outputs(space: StateSpace, batch: int) -> Functionals:
 
 
 def rivals(space: StateSpace, labels: Tensor) -> Functionals:
-    """y_j − y_label for every class j: nowhere positive where the label wins."""
-    q = space.q
-    c, d, e = ((rows.unsqueeze(0) - rows.unsqueeze(1)).flatten(0, 1) for rows in (space.C, space.D, space.b_y))
+    """s_j − s_label of the scores s of every class j: nowhere positive where the label wins."""
+    q = classes(space.q)
+    scores = [score_rows(M) for M in (space.C, space.D, space.b_y)]
+    c, d, e = ((rows.unsqueeze(0) - rows.unsqueeze(1)).flatten(0, 1) for rows in scores)
     # Pair (label, j) stands at label·q + j.
     return Functionals(c, d, e, labels.unsqueeze(1) * q + _all(q, len(labels), space.b_y))
 

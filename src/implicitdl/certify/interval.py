@@ -88,7 +88,7 @@ def enclosure(model: Contractive, u: Box, solver: Solver | None) -> Enclosure:
     def image(w: Tensor) -> tuple[Box, Enclosure]:
         x = Box(found.lower - w, found.upper + w)
         magnitude = x.magnitude @ space.A.abs().t() + b_size
-        z = pre_activation(space, x, b).widened(model.rounding * magnitude)
+        z = pre_activation(space, x, b).widened(model.slack(magnitude))
         return x, Enclosure(outwards(space.activation.phi(z.lower), space.activation.phi(z.upper)), z, magnitude)
 
     def outside(w: Tensor) -> Tensor:
@@ -99,6 +99,6 @@ def enclosure(model: Contractive, u: Box, solver: Solver | None) -> Enclosure:
 
 
 def outwards(low: Tensor, high: Tensor) -> Box:
-    """φ is computed to a few units in the last place; where it is exactly 0, as below ReLU's kink, to none."""
-    ulps = 8 * torch.finfo(low.dtype).eps
-    return Box(low - ulps * low.abs(), high + ulps * high.abs())
+    """φ is computed to a few units in the last place, and to the smallest normal number where it is next to 0."""
+    limits = torch.finfo(low.dtype)
+    return Box(low - 8 * limits.eps * low.abs() - limits.tiny, high + 8 * limits.eps * high.abs() + limits.tiny)

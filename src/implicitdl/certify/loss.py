@@ -15,6 +15,7 @@ from ..statespace import StateSpace
 from . import crown, interval
 from .domain import Box
 from .functionals import rivals
+from .labels import check_labels, scores
 from .lines import lines
 from .normal import without_self_loops
 
@@ -34,6 +35,8 @@ class CertifiedLoss:
     With m_j a lower bound of y_label − y_j over the box of radius ε around u, it is
 
         (1 − c) CE(−m, label) + c CE(y, label),      m = (1 − β) m_interval + β m_crown.
+
+    Of a model with one output y the scores are (0, y): labels are 0 and 1, and the clean loss is the logistic one.
 
     ε grows linearly from 0 in ``ramp`` steps after ``wait`` steps, and c and β go from their first to their second
     value with it.  Gradients are exact: the bounds are equilibria, and are differentiated as such.
@@ -98,15 +101,19 @@ class CertifiedLoss:
         done = self.progress(step)
         clean, by_crown = (first + done * (last - first) for first, last in (self.clean, self.crown))
         loss = u.new_zeros(())
+        check_labels("CertifiedLoss", labels, len(u))
         if clean < 1:
             box = Box.around(u, done * self.eps, self.domain).to(u)
             loss = (1 - clean) * F.cross_entropy(self.worst(model.statespace(), box, labels, by_crown), labels)
         if clean > 0:
-            loss = loss + clean * F.cross_entropy(model(u), labels)
+            y = model(u)
+            check_labels("CertifiedLoss", labels, len(u), y.shape[1])
+            loss = loss + clean * F.cross_entropy(scores(y), labels)
         return loss
 
     def worst(self, space: StateSpace, box: Box, labels: Tensor, by_crown: float = 0.0) -> Tensor:
-        """−m, (batch, q): how far every class may be ahead of the label, whose own entry is 0."""
+        """−m, (batch, classes): how far every class may be ahead of the label, whose own entry is 0."""
+        check_labels("CertifiedLoss", labels, len(box.lower), space.q)
         space = without_self_loops(space)
         of = rivals(space, labels)
         x = interval.ends(space, box, self.solver, self.adjoint)

@@ -107,4 +107,4 @@ class Crown(Method):
 
 
 def _in_boxes(model: Contractive, x: Box, u: Box, of: Functionals) -> Upper:
-    return Upper(of.upper(x, u) + model.rounding * of.magnitude(x, u))
+    return Upper(of.upper(x, u) + model.slack(of.magnitude(x, u)))

@@ -12,6 +12,7 @@ from .._checks import ArgumentError, wrong
 from ..solution import ConvergenceError
 from ..statespace import StateSpace, eliminate_diagonal, perron_root, perron_weights
 from ..statespace.blocks import slopes_of
+from ..statespace.form import check_finite
 from ..statespace.given import Model, space_of
 from ..statespace.perron import gains
 
@@ -34,7 +35,9 @@ def exact_space(who: str, model: Model) -> StateSpace:
 
     Float32 weights are taken as they are: exactly.  Of a low-rank model, A is LRᵀ as its own dtype rounds it.
     """
-    return space_of(who, model).to_dense().to(torch.float64)
+    space = space_of(who, model).to_dense().to(torch.float64)
+    check_finite(who, space)
+    return space
 
 
 def without_self_loops(space: StateSpace) -> StateSpace:
@@ -76,6 +79,14 @@ class Contractive:
     def rounding(self) -> float:
         """How far a product with the rows of this model may be off, relative to the sum of absolute values."""
         return rounding(self.space.n + self.space.p, self.space.dtype)
+
+    def slack(self, terms: Tensor) -> Tensor:
+        """How far sums of products whose absolute values add up to ``terms`` may be off, underflow included.
+
+        A product below the smallest normal number is off by less than that number, whatever its own size.
+        """
+        limits = torch.finfo(self.space.dtype)
+        return self.rounding * (terms + limits.tiny / limits.eps)
 
     def widening(self, outside: Callable[[Tensor], Tensor], batch: int) -> Tensor:
         """A widening w ≥ 0 along v, (batch, n), at which ``outside(w)`` is seen to be nowhere positive.

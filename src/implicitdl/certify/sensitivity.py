@@ -66,5 +66,5 @@ def around_center(model: Contractive, u: Box, solver: Solver | None) -> Box:
     gain = model.slopes
     size = x.abs() @ space.A.abs().t() + u.magnitude @ space.B.abs().t() + space.b_x.abs()
     disturbance = gain * (u.radius @ space.B.abs().t()) + (fx - x).abs()
-    e = contained(model, disturbance + model.rounding * (gain * size + fx.abs() + x.abs()))
+    e = contained(model, disturbance + model.slack(gain * size + fx.abs() + x.abs()))
     return Box(x - e, x + e)

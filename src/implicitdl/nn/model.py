@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -167,16 +167,34 @@ class ImplicitModel(Pretrained):
     def read_out(self, x: Tensor, u: Tensor) -> Tensor:
         """y = Cx + Du + b_y."""
         y, D = F.linear(x, self.C, self.b_y), self.D
-        return y if D is None else torch.addmm(y, u, D.t())
+        y = y if D is None else torch.addmm(y, u, D.t())
+        if plain() and not _all_finite(y):
+            self._check_weights()
+        return y
 
     def weights(self) -> Weights:
         """The well-posed A, or its factors (L, R), that belong to the free parameters."""
         constraint = self.constraint
-        return constraint.factors(self.L, self.R) if isinstance(constraint, LowRank) else (constraint(self.A),)
+        if isinstance(constraint, LowRank):
+            return self._checked(*constraint.factors(self.L, self.R))
+        return self._checked(constraint(self.A))
 
     def _weights_to_make(self) -> Weights | tuple[Tensor | ScaledRows]:
-        """The same, or what makes A on the way of a solve."""
-        return self.weights() if isinstance(self.constraint, LowRank) else (self.constraint.unmade(self.A),)
+        """The same, or what makes A on the way of a solve, which then looks whether it is finite."""
+        if isinstance(self.constraint, LowRank):
+            return self.weights()
+        unmade = self.constraint.unmade(self.A)
+        return (unmade,) if isinstance(unmade, ScaledRows) else self._checked(unmade)
+
+    def _checked(self, *made: Tensor) -> Any:
+        if plain() and not all(map(_all_finite, made)):
+            self._check_weights()
+        return made
+
+    def _check_weights(self) -> None:
+        """An error if a parameter is not finite, which shows in what is computed with it."""
+        for name, weight in self.named_parameters():
+            _checks.finite("ImplicitModel", name, weight, _checks.DIVERGED)
 
     def _solve(
         self, weights: Weights | tuple[Tensor | ScaledRows], b: Tensor, X0: Tensor | None, *, trace: bool = False
@@ -207,6 +225,7 @@ class ImplicitModel(Pretrained):
         b = F.linear(u, self.B, self.b_x)
         if plain() and not _all_finite(b):
             _checks.finite("ImplicitModel", "u", u)
+            self._check_weights()
         return b
 
     def _advice(self, features: int) -> str:
@@ -286,6 +305,7 @@ class ImplicitModel(Pretrained):
         )
 
 
-def _all_finite(b: Tensor) -> bool:
-    known = kernel.all_finite(b)
-    return bool(torch.isfinite(b.sum())) if known is None else known
+def _all_finite(M: Tensor) -> bool:
+    """Whether every number is; False also where they are, and their sum is too large for the dtype."""
+    known = kernel.all_finite(M)
+    return bool(torch.isfinite(M.detach().sum())) if known is None else known

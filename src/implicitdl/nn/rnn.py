@@ -69,6 +69,9 @@ class ImplicitRNNCell(nn.Module):
         # The input's share of Bu and Du is one product over all steps; a step adds only that of h.
         B_u, B_h = layer.B.split([self.input_dim, self.hidden_dim], dim=1)
         from_input = F.linear(x, B_u, layer.b_x)
+        for name, weight in (("B", layer.B), ("b_x", layer.b_x)):
+            if weight is not None:
+                _checks.finite("ImplicitRNNCell", name, weight, _checks.DIVERGED)
         state: Tensor | None = None
         outputs = []
         for t in range(x.shape[1]):
@@ -150,6 +153,9 @@ class ImplicitRNN(nn.Module):
         """
         outputs, h = self.recurrent(x, h0, lengths=lengths)
         y = self.linear(outputs if every_step else h)
+        if plain() and not torch.isfinite(y.detach().sum()):
+            for name, weight in self.linear.named_parameters():
+                _checks.finite("ImplicitRNN", name, weight, _checks.DIVERGED)
         return (y, h) if return_state else y
 
 

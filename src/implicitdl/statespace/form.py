@@ -33,6 +33,13 @@ def blocks_given(given: Activation | Sequence[tuple[Activation, int]], n: int) -
     return blocks
 
 
+def check_finite(who: str, space: StateSpace) -> None:
+    """Refuse matrices and biases with entries that are not finite."""
+    for name in ("A", "B", "C", "D", "b_x", "b_y"):
+        tensor = getattr(space, name)
+        _checks.finite(who, name, tensor.values() if is_sparse(tensor) else tensor, _checks.DIVERGED)
+
+
 def check_form(space: StateSpace) -> None:
     n, p, q = space.n, space.p, space.q
     shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b_x": (n,), "b_y": (q,)}

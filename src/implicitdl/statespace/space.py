@@ -17,7 +17,7 @@ from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from . import algebra
 from .blocks import joined
-from .form import WHO, blocks_given, check_form
+from .form import WHO, blocks_given, check_finite, check_form
 from .matrices import count_nonzero, dense, eye, is_sparse, linear, normalized, sparse, zeros
 from .solve import Component, plan, solve_in_order
 
@@ -244,11 +244,16 @@ class StateSpace:
 
     @cached_property
     def _frozen_order(self) -> list[Component]:
-        return plan(self.A, self.blocks)
+        return self._planned()
 
     def _order(self) -> list[Component]:
         # What is kept must not hold a graph, which the first backward would free.
-        return plan(self.A, self.blocks) if self.A.requires_grad else self._frozen_order
+        return self._planned() if self.A.requires_grad else self._frozen_order
+
+    def _planned(self) -> list[Component]:
+        # The plan reads all of A in any case.
+        check_finite(WHO, self)
+        return plan(self.A, self.blocks)
 
     def _solved(
         self,
