@@ -57,7 +57,7 @@ def _influence(f: RowMap, x: Tensor, fx: Tensor) -> bool:
 
     For samples that have missed the tolerance, of which the residual tells nothing.
     """
-    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu").to(x.device)
     rounding = _ROUNDINGS * torch.finfo(getattr(f, "precision", None) or fx.dtype).eps
     step = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-3) / 8
     for half in (drawn[: len(x) // 2], drawn[len(x) // 2 :]):
