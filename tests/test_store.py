@@ -126,13 +126,6 @@ def test_the_same_checkpoint_is_the_same_bytes(tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_a_setting_edited_by_hand_counts(tmp_path):
-    _store.save(tmp_path, *old())
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"n": 3', '"n": 5'))
-    assert _store.load(tmp_path)[1]["n"] == 5
-
-
 def refused(folder: Path, **options) -> str:
     with pytest.raises(_store.CheckpointError) as caught:
         _store.load(folder, **options)
@@ -169,7 +162,7 @@ def test_truncated_config(tmp_path):
     _store.save(tmp_path, *old())
     path = tmp_path / "config.json"
     path.write_bytes(path.read_bytes()[:-20])
-    assert "a whole config.json, got text that is no JSON object" in refused(tmp_path)
+    assert "a whole config.json, got one that cannot be read (" in refused(tmp_path)
 
 
 def test_missing_config(tmp_path):
@@ -204,8 +197,8 @@ def test_a_pair_of_two_saves(tmp_path, name):
 def test_format_of_a_later_version(tmp_path):
     _store.save(tmp_path, *old())
     path = tmp_path / "config.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    assert "expected format 1, got format 2. Update implicitdl" in refused(tmp_path)
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    assert "expected format 2, got format 3. Update implicitdl" in refused(tmp_path)
 
 
 def test_another_kind(tmp_path):
@@ -252,9 +245,12 @@ def not_saved(folder: Path, *checkpoint) -> str:
     return text
 
 
-@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(2, device="meta")])
-def test_tensors_that_are_not_dense(tmp_path, tensor):
-    assert "dense tensors" in not_saved(tmp_path / "c", {"x": tensor}, {})
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [(torch.eye(3).to_sparse(), "dense tensors"), (torch.empty(2, device="meta"), "'x' on the meta device")],
+)
+def test_tensors_that_are_not_dense(tmp_path, tensor, words):
+    assert words in not_saved(tmp_path / "c", {"x": tensor}, {})
     assert not (tmp_path / "c").exists()
 
 

@@ -14,11 +14,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
+
+import msgspec
 
 from .. import _store
 from .._checks import ArgumentError, wrong
-from ..nn import ImplicitModel, pretrained
+from ..nn import ImplicitModel, pretrained, schema
 from ..training.logger import BEST, JSONL, LAST, refuse_run
 from .models import CLASSES, Model
 from .options import WHO, Options, flag
@@ -40,21 +42,28 @@ def new(options: Options, out: str | None) -> Path:
             raise wrong(WHO, "--out when several processes train", "none", "Name the folder of this run.")
         kind = f"n{options.hidden_dim}" if options.model == "implicit" else options.model
         name = f"runs/{options.data}-{kind}"
-        return next(path for i in itertools.count(1) if not (path := Path(f"{name}-{i}")).exists())
+        return next(path for i in itertools.count(1) if not os.path.lexists(path := Path(f"{name}-{i}")))
     folder = Path(out)
+    if _is_main():
+        _store.refuse_owned(folder)  # before what it holds: the run that writes it may have just begun
     if is_sim(folder):
         raise wrong(WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
     refuse_run(WHO, folder, "Pass --resume to go on with it, or another --out.")
     return folder
 
 
+def _is_main() -> bool:
+    """Of several processes, the one that owns the folder."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def is_sim(folder: Path) -> bool:
     """Whether `sim` wrote it."""
-    return (folder / SIM).is_file()
+    return os.path.isfile(folder / SIM)
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / FILE).is_file() or is_sim(folder)
+    return os.path.isfile(folder / FILE) or is_sim(folder)
 
 
 def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tuple[Path, Options]:
@@ -67,6 +76,8 @@ def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tupl
     folder = Path(out)
     if not _store.exists(folder / LAST):
         return new(options, out), options
+    if _is_main():
+        _store.refuse_owned(folder)
     saved = read(WHO, folder)
     free = _FREE if saved.schedule == "cosine" else _FREE | {"epochs"}
     for name, value in given.items():
@@ -85,7 +96,7 @@ def claimed(folder: Path, options: Options, model: Model) -> contextlib.Abstract
 
 @contextlib.contextmanager
 def claim(folder: Path, name: str, options: Any, saved: str, **more: Any) -> Iterator[None]:
-    """Write how a run is made; take it back when the run is refused, or fails before it has saved its first model.
+    """Own a run's folder and write how the run is made; take it back where nothing comes of it.
 
     Arguments:
         folder: of the run; made where it is not there, so that one that cannot be written is found out now.
@@ -94,20 +105,18 @@ def claim(folder: Path, name: str, options: Any, saved: str, **more: Any) -> Ite
         saved: name of the folder of the first model.
         more: what else to write.
     """
-    before = (folder / name).read_bytes() if (folder / name).is_file() else None
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        write(folder / name, options, **more)
-        yield
-    except BaseException as error:
-        if before is not None and isinstance(error, ArgumentError):
-            _store.write_file(folder / name, before)
-        elif not _store.exists(folder / saved):
-            with contextlib.suppress(OSError):  # not made in the first place, or something else is in it
-                (folder / name).unlink(missing_ok=True)
-                for path in absent:
-                    path.rmdir()
-        raise
+    with _store.owned(folder):  # which takes back the folder, where nothing stays in it
+        before = (folder / name).read_bytes() if os.path.isfile(folder / name) else None
+        try:
+            write(folder / name, options, **more)
+            yield
+        except BaseException as error:
+            if before is not None and isinstance(error, ArgumentError):
+                _store.write_file(folder / name, before)
+            elif not _store.exists(folder / saved):
+                with contextlib.suppress(OSError):  # not made in the first place
+                    (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def write(path: Path, options: Any, /, **more: Any) -> None:
@@ -122,24 +131,32 @@ def read(who: str, folder: Path) -> Options:
         _refuse(who, folder)
     if is_sim(folder):
         return _understood(who, folder, SIM, lambda content: _of_sim(content["options"]))
-    return _understood(who, folder, FILE, lambda content: Options(**content["options"]).check())
+    return _understood(who, folder, FILE, lambda content: _options(content["options"]))
 
 
 def matched(who: str, folder: Path) -> dict[str, str]:
     """What `sim` found, by name and in words."""
-    return _understood(who, folder, SIM, lambda content: dict(content["facts"]))
+    return _understood(who, folder, SIM, lambda content: msgspec.convert(content["facts"], dict[str, str]))
 
 
 def _of_sim(options: dict[str, Any]) -> Options:
-    return Options(**{name: options[name] for name in _SHARED}).check()
+    return _options({name: options[name] for name in _SHARED})
+
+
+def _options(saved: dict[str, Any]) -> Options:
+    """Those that an earlier version did not have yet are as they are by default."""
+    entries = dataclasses.asdict(Options()) | saved
+    return Options(**schema.converted(entries, schema.of_settings(Options))).check()
 
 
 def _understood(who: str, folder: Path, name: str, use: Callable[[dict[str, Any]], T]) -> T:
     do = "The file is damaged, or of another version: take it from a copy of the run."
     try:
-        return use(json.loads((folder / name).read_text(encoding="utf-8")))
+        return use(_store.parse(_store.read(folder / name)))
+    except _store.CheckpointError:
+        raise  # not readable at all, which is worded
     except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = _store.quoted(str(error).partition("\n")[0].rstrip("."), 200)[1:-1]
         raise wrong(who, f"a whole {name} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
 
@@ -152,20 +169,38 @@ def best(who: str, folder: Path, options: Options) -> Model:
     return CLASSES[options.model].from_pretrained(folder / BEST)
 
 
+class _Row(TypedDict):
+    """The figures of an epoch; None stands where there was nothing to measure."""
+
+    epoch: int
+    loss: float | None
+    acc: float | None
+    valid_loss: float | None
+    valid_acc: float
+    forward_steps: float | None
+    backward_steps: float | None
+    missed: float | None
+    valid_steps: float | None
+    valid_missed: float | None
+    lr: float
+
+
 def rows(who: str, folder: Path) -> list[dict[str, Any]]:
     """The figures of every epoch."""
     try:
-        return [json.loads(line) for line in (folder / JSONL).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise wrong(
-            who, f"a whole {JSONL} in '{folder}'", f"{error}", "Go on with the run: that rewrites it."
-        ) from error
+        found = [_store.parse(line) for line in _store.read(folder / JSONL).splitlines()]
+        msgspec.convert(found, Annotated[list[_Row], msgspec.Meta(min_length=1)])
+        return found
+    except ValueError as error:
+        reason = _store.quoted(str(error), 200)[1:-1]
+        do = "Go on with the run: that rewrites it."
+        raise wrong(who, f"a whole {JSONL} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
 
 def _refuse(who: str, folder: Path) -> None:
     expected, do = f"a run's folder, with {FILE}", "Give a folder that `implicitdl train` or `implicitdl sim` wrote."
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise wrong(who, expected, f"nothing at '{folder}'", do)
-    if folder.is_file():
+    if os.path.isfile(folder):
         _store.load(folder)  # words it: a pickle, or some other file
     raise wrong(who, expected, f"none in '{folder}'", do)

@@ -38,9 +38,7 @@ class WeightedRowScaling(Constraint):
     def __init__(self, kappa: float = 0.99, lipschitz: float = 1.0, weights: Tensor | None = None) -> None:
         super().__init__(kappa, lipschitz)
         if weights is not None:
-            if weights.dim() != 1 or not bool((torch.isfinite(weights) & (weights > 0)).all()):
-                raise wrong("WeightedRowScaling", "positive finite weights of shape (n,)", weights)
-            weights = weights.detach().clone()
+            weights = _positive(weights.detach().clone())
         self.register_buffer("weights", weights)
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -64,6 +62,13 @@ class WeightedRowScaling(Constraint):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A model that is read from a folder is built before its weights are known.
         saved = state_dict.get(prefix + "weights")
-        if saved is not None and self.weights is None:
-            self.weights = torch.empty_like(saved)
+        if saved is not None:
+            _positive(saved)
+            self.weights = torch.empty_like(saved) if self.weights is None else self.weights
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _positive(weights: Tensor) -> Tensor:
+    if weights.dim() != 1 or not bool((torch.isfinite(weights) & (weights > 0)).all()):
+        raise wrong("WeightedRowScaling", "positive finite weights of shape (n,)", weights)
+    return weights

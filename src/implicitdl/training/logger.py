@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .. import _store
 from .._checks import wrong
-from .state import check_weights, set_weights, weights_of
+from ..nn.pretrained import NotRebuiltError
+from .state import check_weights, of, set_weights, weights_of
 
 CSV, JSONL, BEST, LAST = "metrics.csv", "metrics.jsonl", "best", "last"
 WEIGHTS = "weights"
@@ -144,17 +145,22 @@ class Logger:
 def refuse_run(who: str, folder: Path, do: str) -> None:
     """Raise when a folder holds a run: nothing is ever overwritten."""
     held = [name for name in (BEST, LAST) if _store.exists(folder / name)]
-    held += [name for name in (CSV, JSONL) if (folder / name).is_file() and (folder / name).stat().st_size]
+    held += [name for name in (CSV, JSONL) if os.path.isfile(folder / name) and os.path.getsize(folder / name)]
     if held:
         raise wrong(who, f"a folder without a run in '{folder}'", f"one with {held[0]}", do)
 
 
 def save_weights(model: nn.Module, folder: Path, row: Row) -> None:
-    """Write a model's weights: by its own ``save_pretrained`` where it has one, else tensors by name."""
+    """Write a model's weights: by its own ``save_pretrained`` where it has one, else tensors by name.
+
+    So are those of a model that its class does not make again, such as a pruned one: `load_weights` reads both.
+    """
     own = getattr(model, "save_pretrained", None)
     if callable(own):
-        own(folder)
-        return
+        try:
+            return own(folder)
+        except NotRebuiltError:
+            pass
     tensors, rest = weights_of(model)
     meta = {"kind": WEIGHTS, "model": type(model).__qualname__, "extra": rest, "row": _strict(row)}
     _store.save(folder, tensors, meta)
@@ -171,11 +177,11 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: no whole checkpoint there.
         ArgumentError: the checkpoint of another model.
     """
-    tensors, meta = _store.load(folder)
-    if meta.get("kind") == "training":
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    check_weights("load_weights", model, tensors)
-    set_weights(model, tensors, meta.get("extra", {}))
+    with _store.opened(folder) as checkpoint:
+        prefix = "model." if checkpoint.meta.get("kind") == "training" else ""
+        check_weights("load_weights", model, of(checkpoint.forms, prefix))
+        tensors, extra = of(checkpoint.tensors(), prefix), checkpoint.meta.get("extra", {})
+    set_weights("load_weights", model, tensors, extra)
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
@@ -188,14 +194,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 def _append_row(folder: Path, row: Row, first: bool) -> None:
     head = _csv(list(row)) if first else ""
     for name, text in ((CSV, head + _csv(_cells(row))), (JSONL, _json(row))):
-        with _store.writing(folder), open(folder / name, "ab", buffering=0) as file:
-            size, rest = file.tell(), text.encode()
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                file.truncate(size)  # a full disk leaves no half line
-                raise
+        _store.append_to(folder / name, text.encode())
 
 
 def _cells(row: Row) -> list[Any]:

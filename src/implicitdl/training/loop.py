@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .. import _store
 from .._checks import choice, non_negative_int, positive, positive_int, wrong
 from .epoch import Epochs, verdict
 from .evaluate import Loss, length_of
 from .logger import Logger
 from .meter import Metric
-from .processes import Device, Precision, borrowed_streams, draw_seed, processes
+from .processes import Device, Precision, Processes, borrowed_streams, draw_seed, processes
 from .progress import Bar, Board
-from .run import Run, check_parameters, run_folder
+from .run import Run, check_parameters, has_checkpoint, run_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,6 +99,7 @@ def train(
     Raises:
         ArgumentError: a bad argument, a folder that holds a run while resume is False, a checkpoint of
             another model, optimiser or scheduler, or one that only a pickle could write.
+        CheckpointError: another run is writing to the folder.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint stays.
         CheckpointError: the folder cannot be written or read; the last checkpoint stays.
 
@@ -127,9 +131,10 @@ def train(
     check_parameters(model, opt)
     if getattr(scheduler, "optimizer", opt) is not opt:
         raise wrong("train", "a scheduler of opt", "one of another optimizer", "Build it with opt.")
-    folder, going_on = run_folder(dirname, resume)
+    folder = run_folder(dirname)
     drawn = draw_seed() if seed is None else seed
-    with processes(device, mixed_precision) as place, borrowed_streams(place.device):
+    with processes(device, mixed_precision) as place, borrowed_streams(place.device), _owner(folder, place):
+        going_on = has_checkpoint(folder, resume)
         model.to(place.device)
         run = Run(folder, model, opt, scheduler, place.scaler, place.agree(drawn))
         if going_on:
@@ -163,3 +168,7 @@ def train(
         place.wait()
     model.train()
     return model, logger
+
+
+def _owner(folder: Path, place: Processes) -> contextlib.AbstractContextManager[None]:
+    return _store.owned(folder) if place.main else contextlib.nullcontext()

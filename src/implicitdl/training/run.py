@@ -7,15 +7,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import msgspec
+from torch import nn
 from torch.optim import Optimizer
 
 from .. import _store
 from .._checks import wrong
 from .logger import LAST, Row, refuse_run
-from .state import check_weights, pack, set_weights, unpack, weights_of
+from .state import check_weights, of, pack, set_weights, unpacked, weights_of
 
 KIND = "training"
+
+
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    """What is saved beside the tensors."""
+
+    kind: str
+    epoch: int
+    seed: int
+    classes: dict[str, str | None]
+    groups: list[list[str]]
+    states: dict[str, Any]
+    extra: dict[str, Any]
+    rows: list[Any]
 
 
 @dataclass
@@ -58,32 +72,44 @@ class Run:
             seed: what the caller asked for; None takes the run's.
             epochs: how many the caller wants in all.
         """
-        tensors, meta = _store.load(self.folder / LAST, kind=KIND)
-        self._check(tensors, meta, seed, epochs)
-        weights = _of(tensors, "model.")
-        set_weights(self.model, weights, meta["extra"])
-        for name, part in self._parts().items():
-            part.load_state_dict(unpack(meta["states"][name], tensors))
-        self.seed = meta["seed"]
-        self.rows = unpack(meta["rows"], tensors)
-
-    def _check(self, tensors: dict[str, Tensor], meta: dict[str, Any], seed: int | None, epochs: int) -> None:
         who = f"train(resume) of '{self.folder}'"
+        with _store.opened(self.folder / LAST, kind=KIND) as checkpoint:
+            try:
+                meta = msgspec.convert(checkpoint.meta, _Meta)
+            except ValueError as error:
+                do = "It is damaged, or of another version: take a copy of the run."
+                raise checkpoint.wrong(
+                    "the state of a run", f"another ({_store.quoted(str(error), 200)})", do
+                ) from error
+            self._check(who, of(checkpoint.forms, "model."), meta, seed, epochs)
+            tensors = checkpoint.tensors()
+        states = {name: unpacked(who, meta.states.get(name), tensors, name) for name in self._parts()}
+        rows = unpacked(who, meta.rows, tensors, "rows")
+        for name, part in self._parts().items():
+            try:
+                part.load_state_dict(states[name])
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                reason = _store.quoted(str(error), 200)
+                raise checkpoint.wrong(f"a state that this {name} takes", f"another ({reason})") from error
+        set_weights(who, self.model, of(tensors, "model."), meta.extra)
+        self.seed, self.rows = meta.seed, rows
+
+    def _check(self, who: str, weights: dict[str, _store.Form], meta: _Meta, seed: int | None, epochs: int) -> None:
         do = "Resume with what the run was started with, or start another run in another dirname."
         own = self._classes()
-        for part, saved in meta["classes"].items():
-            if own[part] != saved:
-                raise wrong(who, f"{part} {saved}", str(own[part]), do)
-        check_weights(who, self.model, _of(tensors, "model."))
-        if self._groups() != meta["groups"]:
-            mine, theirs = (" | ".join(map(" ".join, groups)) for groups in (self._groups(), meta["groups"]))
+        for part, saved in meta.classes.items():
+            if own.get(part) != saved:
+                raise wrong(who, f"{part} {saved}", str(own.get(part)), do)
+        check_weights(who, self.model, weights)
+        if self._groups() != meta.groups:
+            mine, theirs = (" | ".join(map(" ".join, groups)) for groups in (self._groups(), meta.groups))
             raise wrong(who, f"an optimizer over {theirs}", mine, do)
-        if seed is not None and seed != meta["seed"]:
-            raise wrong(who, f"seed={meta['seed']}", str(seed), "Leave the seed out, or start another run.")
-        if epochs < meta["epoch"]:
+        if seed is not None and seed != meta.seed:
+            raise wrong(who, f"seed={meta.seed}", str(seed), "Leave the seed out, or start another run.")
+        if epochs < meta.epoch:
             raise wrong(
                 who,
-                f"epochs ≥ {meta['epoch']}, which are done",
+                f"epochs ≥ {meta.epoch}, which are done",
                 str(epochs),
                 "Its weights are in 'last' and 'best'.",
             )
@@ -107,19 +133,23 @@ class Run:
         return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
-def run_folder(dirname: str | os.PathLike[str], resume: bool) -> tuple[Path, bool]:
-    """The folder of a run, and whether it has a checkpoint to go on from; raises where one would be lost."""
+def run_folder(dirname: str | os.PathLike[str]) -> Path:
+    """The folder of a run."""
     if not isinstance(dirname, (str, os.PathLike)) or not os.fspath(dirname):
         raise wrong("train", "dirname to be a path", repr(dirname), "Name the folder of this run.")
-    folder = Path(dirname)
+    return Path(dirname)
+
+
+def has_checkpoint(folder: Path, resume: bool) -> bool:
+    """Whether there is one to go on from; raises where one would be lost."""
     if not resume:
         refuse_run("train", folder, "Pass resume=True to go on with it, or another dirname.")
-        return folder, False
+        return False
     if _store.exists(folder / LAST):
-        return folder, True
+        return True
     # The first thing a run writes is `last`: figures or a `best` without it belong to something else.
     refuse_run("train", folder, f"It has no '{LAST}' to resume: give another dirname.")
-    return folder, False
+    return False
 
 
 def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
@@ -134,7 +164,3 @@ def check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
             f"{strange} of {len(held)} that the model does not have",
             "Build it with model.parameters(); a loss with weights goes into the model.",
         )
-
-
-def _of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

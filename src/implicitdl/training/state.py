@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import wrong
+from .._store import Form, quoted
+
+T = TypeVar("T")
 
 # What JSON cannot say by itself is said by an object with one of these as its only key.
 _TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = "$tensor", "$tuple", "$float", "$dict", "$counter"
@@ -70,6 +73,16 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
+def unpacked(who: str, packed: Any, tensors: Mapping[str, Tensor], what: str) -> Any:
+    """The same as `unpack`, for what comes from a file."""
+    try:
+        return unpack(packed, tensors)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = quoted(str(error))
+        do = "The checkpoint is damaged: copy it again, or take another one."
+        raise wrong(who, f"the state of {what} as it is saved", f"another ({reason})", do) from error
+
+
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The value that `pack` was given, from its JSON and the tensors it named."""
     if isinstance(packed, list):
@@ -99,31 +112,36 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, extra
 
 
-def check_weights(who: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Say in one line what keeps `tensors` from being the weights of `model`; load nothing."""
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def of(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What has the prefix, by the rest of its name."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def check_weights(who: str, model: nn.Module, saved: Mapping[str, Form]) -> None:
+    """Say in one line what keeps tensors of these forms from being the weights of `model`; load nothing."""
+    own = {name: Form.of(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     do = "Build the model that was saved, or take the checkpoint of this one."
     for name in own:
-        if name not in tensors:
+        if name not in saved:
             raise wrong(who, f"a checkpoint with the model's '{name}'", "one without it", do)
-    for name in tensors:
+    for name in saved:
         # What an extra state holds is not a weight: load_state_dict hands it to the module that saved it.
         if name not in own and "_extra_state" not in name:
             raise wrong(who, f"a model with the checkpoint's '{name}'", "one without it", do)
-    for name, like in own.items():
-        saved = tensors[name]
-        if saved.shape != like.shape or saved.dtype != like.dtype:
-            raise wrong(who, f"'{name}' {_form(like)} as in the model", _form(saved), do)
+    for name, form in own.items():
+        if saved[name] != form:
+            raise wrong(who, f"'{name}' {form} as in the model", f"{saved[name]}", do)
 
 
-def set_weights(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+def set_weights(who: str, model: nn.Module, tensors: Mapping[str, Tensor], extra: Any) -> None:
     """Load what `weights_of` gave, after `check_weights`."""
-    own = model.state_dict().keys() - extra.keys()
-    state: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name in own}
-    state.update({name: unpack(packed, tensors) for name, packed in extra.items()})
+    state: dict[str, Any] = {}
+    if extra != {}:
+        own = {name for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+        if not isinstance(extra, dict) or extra.keys() != own:
+            raise wrong(who, f"the extra state of {sorted(own)}", quoted(extra), "Build the model that was saved.")
+        state |= {name: unpacked(who, packed, tensors, name) for name, packed in extra.items()}
+    own = model.state_dict().keys() - state.keys()
+    state |= {name: tensor for name, tensor in tensors.items() if name in own}
     with torch.no_grad():
         model.load_state_dict(state)
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
