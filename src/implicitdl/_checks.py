@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -123,6 +124,21 @@ def finite(who: str, name: str, tensor: Tensor, do: str = "Clean the input first
             f"{bad} NaN or infinite entries of {tensor.numel()}",
             do,
         )
+
+
+# How mathematics is spelled where a console cannot show it.
+_SPELLED = str.maketrans(
+    {"‖": "||", "∞": "inf", "ε": "eps", "λ": "lambda", "φ": "phi", "κ": "kappa", "ρ": "rho", "≤": "<=", "≥": ">="}
+)
+
+
+def shown(text: str) -> str:
+    """What a report prints, spelled in ASCII where standard output has no more."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(_SPELLED).encode("ascii", "replace").decode()
+    return text
 
 
 @contextlib.contextmanager

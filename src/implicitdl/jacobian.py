@@ -120,10 +120,22 @@ def spectral_radius(
     return found
 
 
+def _check(who: str, f: object, x: object) -> None:
+    if not callable(f):
+        raise wrong(who, "f to be a function", repr(f), "Pass f first, then x.")
+    for part in x if isinstance(x, tuple) else (x,):
+        if not isinstance(part, Tensor) or part.dim() == 0 or part.numel() == 0 or not part.is_floating_point():
+            got = f"{tuple(part.shape)} of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+            raise wrong(who, "x to be a floating tensor (batch ≥ 1, *state), or a tuple of such", got)
+    if torch.is_inference_mode_enabled():
+        raise wrong(who, "derivatives to be possible", "torch.inference_mode()", "Use torch.no_grad() around it.")
+
+
 class _Transposed:
     """f at x, and products with Jᵀ, on states flattened to rows."""
 
     def __init__(self, who: str, f: Callable[..., State], x: State, args: tuple[Tensor, ...]) -> None:
+        _check(who, f, x)
         batch = len(x[0] if isinstance(x, tuple) else x)
         for arg in args:
             if not isinstance(arg, Tensor) or arg.dim() == 0 or len(arg) != batch:
@@ -132,10 +144,18 @@ class _Transposed:
                 raise wrong(who, f"args to be tensors of shape (batch={batch}, ...), as x has it", got, do)
         problem = rows_of(who, f, x, args)
         rows = problem.enter(x)
-        self._rows = rows if rows.requires_grad else rows.detach().requires_grad_()
+        self._rows = rows if rows.requires_grad else rows.detach().clone().requires_grad_()
         with torch.enable_grad():
-            self._value = problem(self._rows)
+            self._value = problem(self._rows.clone())  # on a leaf, autograd itself would stop an f in place
         self.rows = self._rows.detach()
+        if not self._value.requires_grad and self._moves(problem):
+            do = "Leave out no_grad, detach and NumPy inside f."
+            raise wrong(who, "an f that autograd can differentiate", "one whose result has no graph", do)
+
+    def _moves(self, problem: Callable[[Tensor], Tensor]) -> bool:
+        """Whether f depends on x after all: a constant f has no graph either."""
+        with torch.no_grad():
+            return not torch.equal(problem(self.rows + 1 + self.rows.abs()), self._value)
 
     def product(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
         """Jᵀv, (batch, d)."""

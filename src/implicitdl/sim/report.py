@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .._checks import shown
 from ..constraints import WeightedRowScaling
 from ..nn import ImplicitModel
 from .matching import Matching
@@ -50,7 +51,7 @@ class SIMReport:
         ]
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}: {words}" for name, words in self.facts())
+        return shown("; ".join(f"{name}: {words}" for name, words in self.facts()))
 
 
 def report_of(matching: Matching, found: SIMSolution, model: ImplicitModel) -> SIMReport:

@@ -215,6 +215,7 @@ class SIM:
     def matching(self, states: States, model: nn.Module | None) -> Matching:
         """The problem that `train` solves, for states that are there."""
         self._check_activation(states)
+        _say_dead(states)
         v = self._weights(model, states) if self.rescale else None
         return Matching(
             in_units(states, v, self.max_memory), self.activation, self.kappa, v,
@@ -226,7 +227,7 @@ class SIM:
         return self.model(U.to(self.device, self.dtype))
 
     def evaluate(self, dataloader: Iterable[Any]) -> float:
-        """The accuracy in [0, 1] where targets are classes, (batch,) integers; else the mean squared error.
+        """The accuracy in [0, 1] where targets are classes, else the mean squared error: see `score`.
 
         Arguments:
             dataloader: batches (inputs, targets), as they come out of the loader.
@@ -282,6 +283,19 @@ class SIM:
                 SIMWarning, stacklevel=4,
             )  # fmt: skip
         return v
+
+
+def _say_dead(states: States) -> None:
+    """A layer whose states do not depend on the input has nothing to match."""
+    start = 0
+    for layer in states.layers:
+        x = states["X"][start : (start := start + layer.features)]
+        if x.shape[1] > 1 and bool((x == x[:, :1]).all()):
+            warnings.warn(
+                f"SIM.train: all {layer.features} states of {layer} are the same for every sample: the teacher does "
+                "not use its input there. Train it again, from other weights or with a lower learning rate.",
+                SIMWarning, stacklevel=4,
+            )  # fmt: skip
 
 
 def _solver(who: str, given: Any) -> BaseSolver:

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .._checks import wrong
 from ..solution import ImplicitFunctionWarning
-from .evaluate import Loss, evaluating, length_of, measure, pair
+from .evaluate import Loss, evaluating, length_of, loss_of, measure, pair
 from .logger import BEST, LAST, Logger, Row, save_weights, write_rows
 from .meter import Meter, Metric, figures
-from .processes import Processes, epoch_batches, move
+from .processes import Processes, epoch_batches, move, seed_loader
 from .progress import Bar, Board, Clock
 from .run import Run
 
@@ -67,7 +67,7 @@ class Epochs:
                 for done, batch in enumerate(batches, start=1):
                     inputs, target = (move(part, self.place.device) for part in pair("train", batch))
                     pred = self.forward(inputs)
-                    loss = self.loss_fn(pred, target)
+                    loss = loss_of("train", self.loss_fn, pred, target)
                     meter.add(loss, pred, target)
                     self._step(loss)
                     if clock.due():
@@ -110,6 +110,8 @@ class Epochs:
         self.place.agree_buffers(self.run.model)
         meter = self._meter(f"the validation of epoch {epoch}")
         with _one_warning_per_epoch(), evaluating(self.run.model), meter:
+            # Its own generator would be elsewhere after a resume.
+            seed_loader(self.valid_dl, self.run.seed, epoch)
             measure(self.alone, self.valid_dl, self.loss_fn, self.place.device, meter)
             found = self._found("valid_dl", epoch, meter)
         return {
@@ -136,7 +138,7 @@ class Epochs:
             "Lower the learning rate, clip the gradient (clip_grad_norm=1.0) or check the data; "
             f"{self.run.done} epochs are kept in '{self.run.folder / LAST}'."
         )
-        return Meter("train", where, self.metric, advice)
+        return Meter("train", where, self.metric, advice, self.loss_fn)
 
     def _found(self, name: str, epoch: int, meter: Meter) -> Row:
         found = figures(self.place.sum(meter.sums()))

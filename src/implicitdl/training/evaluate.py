@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import choice, extra, wrong
+from .classes import is_integer
 from .meter import Meter, figures
 from .processes import PRECISIONS, Device, Precision, move
 
@@ -34,10 +35,15 @@ def get_valid_accuracy(
         mixed_precision: that of the training, "bf16", "fp16" or "no", whose tolerances the solves then have.
 
     Returns:
-        ``(loss, accuracy)``: the accuracy in [0, 1], None where the targets are no classes.
+        ``(loss, accuracy)``: the loss is the mean over the samples.  The accuracy, in [0, 1], is that of the largest of
+        several outputs where targets are integers of shape (batch,); where there is one output and a loss of logits,
+        such as binary cross-entropy with logits, that of label 1 where the output is above 0 and 0 elsewhere.  None
+        where the targets are no classes: for a regression, and for several labels a sample.  A NaN is never right, and
+        labels that the loss leaves out (``ignore_index``) are not counted.
 
     Raises:
-        ArgumentError: no batches, or batches that are no pairs; another precision.
+        ArgumentError: no batches, or batches that are no pairs; another precision; labels that are no classes, or one
+            output for classes under a loss that does not take it for a logit.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -50,7 +56,7 @@ def get_valid_accuracy(
     choice("get_valid_accuracy", "mixed_precision", mixed_precision, (None, *PRECISIONS))
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with evaluating(model), Meter("get_valid_accuracy", None) as meter:
+    with evaluating(model), Meter("get_valid_accuracy", None, loss_fn=loss_fn) as meter:
         measure(_InPrecision(model, torch.device(device), mixed_precision), dl, loss_fn, torch.device(device), meter)
         found = figures(meter.sums())
     if found["loss"] is None:
@@ -84,7 +90,21 @@ def measure(
     for batch in loader:
         inputs, target = (move(part, device) for part in pair(meter.who, batch))
         pred = forward(inputs)
-        meter.add(loss_fn(pred, target), pred, target)
+        meter.add(loss_of(meter.who, loss_fn, pred, target), pred, target)
+
+
+def loss_of(who: str, loss_fn: Loss, pred: Any, target: Any) -> Tensor:
+    """The loss of a batch; labels that are no classes are said to be so."""
+    try:
+        return loss_fn(pred, target)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(pred, Tensor) and isinstance(target, Tensor) and is_integer(target) and pred.dim() > 1:
+            strange = target[(target < 0) | (target >= pred.shape[1])]
+            if strange.numel() and target.shape[:1] == pred.shape[:1]:
+                labels = f"labels from 0 to {pred.shape[1] - 1}, one for each of {pred.shape[1]} outputs"
+                do = "Number the classes from 0, or pass ignore_index to the loss."
+                raise wrong(who, labels, int(strange.flatten()[0]), do) from error
+        raise
 
 
 def pair(who: str, batch: Any) -> tuple[Any, Any]:

@@ -84,8 +84,7 @@ def train(
         seed: of batch order and dropout; None draws one number from torch's global stream. Kept with the run.
         progress: show a bar and a line per epoch.
         metric: ``metric(pred, target)`` of shape (batch,), larger is better, in place of the accuracy. By
-            default the accuracy where targets are integers of shape (batch,) and predictions have shape
-            (batch, classes).
+            default the accuracy, as `get_valid_accuracy` has it.
 
     Returns:
         ``(model, logger)``: the model with its *last* weights, in training mode, and the record:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._checks import ArgumentError, wrong
 from ..solution import Figures, Monitor
+from .classes import binary, is_integer, of_logits, right, zeros_and_ones
 
 Metric = Callable[[Any, Tensor], Tensor]
 
@@ -30,11 +31,20 @@ class Meter:
         who: the caller, for its errors.
         where: what is measured, such as "epoch 3", for the error of a non-finite loss; None lets it pass.
         metric: ``metric(pred, target)`` of shape (batch,), larger is better; None means accuracy for classes.
+        loss_fn: says whether one output is a logit; without it one output has no accuracy.
         advice: what to do about a non-finite loss.
     """
 
-    def __init__(self, who: str, where: str | None, metric: Metric | None = None, advice: str = "") -> None:
+    def __init__(
+        self,
+        who: str,
+        where: str | None,
+        metric: Metric | None = None,
+        advice: str = "",
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
         self.who, self._where, self._metric, self._advice = who, where, metric, advice
+        self._loss_fn, self._of_logits = loss_fn, None if loss_fn is not None else False
         self._monitor = Monitor()
         self._losses: list[tuple[Tensor, int]] = []
         self._scores: list[tuple[Tensor, int]] = []
@@ -61,15 +71,15 @@ class Meter:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise wrong(self.who, "loss_fn(pred, target) to be one number", got, "Average it over the batch.")
-        score = _hits(pred, target) if self._metric is None else self._checked_score(pred, target)
+        score = self._hits(pred, target) if self._metric is None else self._checked_score(pred, target)
+        # An accuracy of some batches and not of others would be none.
+        total, scored = (math.nan, 0) if score is None else (score.detach().sum(), len(score))
         if loss.device.type == "cpu":
             self._take_loss(loss.item(), len(target))
-            if score is not None:
-                self._take_score(score.sum().item(), len(target))
+            self._take_score(float(total), scored)
         else:
             self._losses.append((loss.detach().reshape(()), len(target)))
-            if score is not None:
-                self._scores.append((score.detach().sum(), len(target)))
+            self._scores.append((torch.as_tensor(total, dtype=torch.float64, device=loss.device), scored))
 
     def check(self) -> None:
         """Read the losses that were kept, and raise at the first that is not finite."""
@@ -102,6 +112,28 @@ class Meter:
         self._score += total
         self._scored += n
 
+    def _hits(self, pred: Any, target: Tensor) -> Tensor | None:
+        """Whether each sample was classified right; None where the targets are no classes.
+
+        A label that is no class is one that the loss leaves out, such as that of ``ignore_index``.
+        """
+        if binary(pred, target):
+            if self._of_logits is None:
+                assert self._loss_fn is not None
+                self._of_logits = of_logits(self.who, self._loss_fn, pred, target)
+            if not self._of_logits:
+                return None
+            if zeros_and_ones(target):
+                return right(pred, target.reshape(-1))
+            if is_integer(target):
+                raise wrong(self.who, "labels 0 and 1 for one output", target.unique().tolist(), "Number them so.")
+            return None
+        classes = is_integer(target) and target.dtype != torch.bool and target.ndim == 1
+        if not classes or not isinstance(pred, Tensor) or pred.shape[:-1] != target.shape:
+            return None
+        there = (target >= 0) & (target < pred.shape[1])
+        return right(pred, target)[there]
+
     def _checked_score(self, pred: Any, target: Tensor) -> Tensor:
         assert self._metric is not None
         score = self._metric(pred, target)
@@ -121,7 +153,7 @@ def figures(sums: list[float]) -> dict[str, float | None]:
     loss, samples, score, scored, f_steps, f_solves, f_missed, b_steps, b_solves, b_missed = sums
     return {
         "loss": _mean(loss, samples),
-        "acc": _mean(score, scored),
+        "acc": None if math.isnan(score) else _mean(score, scored),
         "forward_steps": _mean(f_steps, f_solves),
         "backward_steps": _mean(b_steps, b_solves),
         "missed": _mean(f_missed + b_missed, f_solves + b_solves),
@@ -130,14 +162,6 @@ def figures(sums: list[float]) -> dict[str, float | None]:
 
 def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
-
-
-def _hits(pred: Any, target: Tensor) -> Tensor | None:
-    """Whether each sample was classified right; None when the targets are not classes."""
-    integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if not integer or target.ndim != 1 or not isinstance(pred, Tensor) or pred.shape[:-1] != target.shape:
-        return None
-    return pred.detach().argmax(1) == target
 
 
 def _together(kept: list[tuple[Tensor, int]]) -> list[tuple[float, int]]:

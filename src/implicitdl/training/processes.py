@@ -195,7 +195,7 @@ def epoch_batches(loader: Iterable[Any], seed: int, epoch: int, rank: int) -> It
     The streams from which a loader draws its order are the same in all processes, or their shares would
     overlap. The order is drawn with the first batch; after it, dropout is each process's own.
     """
-    _seed_loader(loader, _mix(seed, epoch), epoch)
+    seed_loader(loader, seed, epoch)
     _seed_streams(_mix(seed, epoch))
     batches = iter(loader)
     try:
@@ -217,7 +217,7 @@ def _seed_streams(seed: int) -> None:
     np.random.seed(seed % 2**32)  # all that numpy's global stream takes
 
 
-def _seed_loader(loader: Any, seed: int, epoch: int) -> None:
+def seed_loader(loader: Any, seed: int, epoch: int) -> None:
     """A loader's own generators do not listen to the global seed; samplers may count epochs themselves."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     inner = getattr(batch_sampler, "batch_sampler", None)  # accelerate's share of a batch sampler
@@ -225,6 +225,6 @@ def _seed_loader(loader: Any, seed: int, epoch: int) -> None:
     parts += [getattr(part, "sampler", None) for part in (batch_sampler, inner)]
     for part in parts:
         if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-            generator.manual_seed(seed)
+            generator.manual_seed(_mix(seed, epoch))
         if callable(count := getattr(part, "set_epoch", None)):
             count(epoch)
