@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -666,103 +662,6 @@ class TestRowScaling:
             wrong = x.clone()
             wrong[place] = bad
             assert not rows.all_finite(wrong)
-
-
-FOLDER = Path(build.__file__).parent
-FLAGS = ["-fPIC", "-shared", "-DREAL=float", "-DINT=int32_t"]
-
-
-class TestBuild:
-    @pytest.fixture(autouse=True)
-    def _own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cache = tmp_path / "a cache, ü"
-        monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
-        monkeypatch.delenv("CC", raising=False)
-
-    def library(self, dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
-        return build.library.__wrapped__("rows", dtype)
-
-    def kept(self) -> list[Path]:
-        return sorted(self.cache.glob("implicitdl/*"))
-
-    def test_compiled_once(self):
-        assert self.library() is not None
-        (kept,) = self.kept()
-        written = kept.stat().st_mtime_ns
-        assert self.library() is not None
-        assert self.kept() == [kept]
-        assert kept.stat().st_mtime_ns == written
-
-    def test_switched_off(self, monkeypatch):
-        monkeypatch.setenv("IMPLICITDL_KERNELS", "0")
-        assert self.library() is None
-        assert self.kept() == []
-
-    def test_no_kernel_for_half_precision(self):
-        assert self.library(torch.bfloat16) is None
-
-    @pytest.mark.parametrize("compiler", ["/nonexistent", "false", "true", " ", "cc --no-such-option"])
-    def test_without_a_compiler_that_works(self, compiler, monkeypatch):
-        monkeypatch.setenv("CC", compiler)
-        assert self.library() is None
-
-    def test_without_a_path(self, monkeypatch):
-        monkeypatch.setenv("PATH", "")
-        assert self.library() is None
-
-    def test_a_compiler_with_arguments(self, monkeypatch):
-        monkeypatch.setenv("CC", "env LANG=C cc -g0")
-        assert self.library() is not None
-
-    def test_a_compiler_that_knows_neither_threads_nor_the_processor(self, monkeypatch, tmp_path):
-        compiler = tmp_path / "old"
-        refuse = "for a; do case $a in -march=native|-fopenmp) printf '\\377' >&2; exit 1;; esac; done"
-        compiler.write_text(f'#!/bin/sh\n{refuse}\nexec cc "$@"\n')
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CC", str(compiler))
-        assert self.library() is not None
-
-    def test_half_a_file_is_written_anew(self):
-        script = "import torch; from implicitdl.kernels.build import library; assert library('rows', torch.float32)"
-        subprocess.run([sys.executable, "-c", script], check=True)
-        (kept,) = self.kept()
-        whole = kept.read_bytes()
-        kept.write_bytes(whole[: len(whole) // 4])
-        subprocess.run([sys.executable, "-c", script], check=True)
-        assert whole in [path.read_bytes() for path in self.kept()]
-
-    @pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null"])
-    def test_a_cache_that_cannot_be_written(self, home, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", home)
-        assert self.library() is not None
-
-    def test_no_home(self, monkeypatch):
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        with mock.patch.object(Path, "home", side_effect=RuntimeError):
-            assert self.library() is not None
-
-    def test_what_decides_the_code_decides_the_name(self, tmp_path):
-        names = set()
-        for source, flag, processor in [("a", "-O1", "x"), ("b", "-O1", "x"), ("a", "-O2", "x"), ("a", "-O1", "y")]:
-            (tmp_path / "k.c").write_text(f"int f_{source}(void) {{ return 1; }}")
-            (tmp_path / "vectors.h").write_text("")
-            with mock.patch.object(build, "_processor", lambda processor=processor: processor):
-                names.add(build._compiled(tmp_path / "k.c", ["cc", *FLAGS, flag]).name.split("-")[0])
-        assert len(names) == 4
-
-    def test_two_at_once(self):
-        script = "import torch; from implicitdl.kernels.build import library; assert library('rows', torch.float32)"
-        both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
-        assert [process.wait() for process in both] == [0, 0]
-        assert len(self.kept()) == 1
-
-    @pytest.mark.parametrize("real", ["float int32_t", "double int64_t"])
-    @pytest.mark.parametrize("name", ["sweeps", "rows", "pull", "anderson"])
-    def test_no_warnings(self, name, real, tmp_path):
-        dtype, integer = real.split()
-        strict = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp"]
-        source = [f"-DREAL={dtype}", f"-DINT={integer}", "-fsyntax-only", str(FOLDER / f"{name}.c")]
-        subprocess.run(["cc", *strict, *source], check=True)
 
 
 class TestNorms:

@@ -18,7 +18,7 @@ LAYERS = [
     ["activations", "resolvent", "rowmap", "rows", "triangular", "weights"],
     ["linear_maps"],
     ["equilibrium"],
-    ["circular", "linearize", "lowrank"],
+    ["_backend", "circular", "linearize", "lowrank"],
     ["jacobian", "residual", "solvers"],
     ["outcome"],
     ["stage"],

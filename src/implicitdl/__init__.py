@@ -1,6 +1,7 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
 from . import activations, certify, constraints, data, sim, solvers, statespace, viz
+from ._backend import Backend, backend
 from ._checks import ArgumentError
 from .activations import Activation
 from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
@@ -9,6 +10,7 @@ from .data import cifar_load, mnist_load
 from .equilibrium import Equilibrium
 from .fixed_point import fixed_point, root
 from .jacobian import SpectralRadius, jacobian_regularization, spectral_radius
+from .kernels.build import BackendWarning
 from .lowrank import LowRankEquilibrium
 from .nn import (
     DEQ,
@@ -60,6 +62,8 @@ __all__ = [
     "Anderson",
     "ArgumentError",
     "Auto",
+    "Backend",
+    "BackendWarning",
     "BackwardReport",
     "Broyden",
     "CVXSolver",
@@ -94,6 +98,7 @@ __all__ = [
     "Substitution",
     "Unrolled",
     "activations",
+    "backend",
     "certify",
     "cifar_load",
     "compress",

@@ -20,11 +20,9 @@ from .rowmap import Explicit, check_interval
 from .triangular import substitute
 from .weights import Given, ScaledRows, Weight
 
-# The activations that the compiled loop knows.
-_COMPILED = {
-    id(RELU): kernel.RELU, id(LEAKY_RELU): kernel.LEAKY_RELU, id(IDENTITY): kernel.IDENTITY,
-    id(HARDTANH): kernel.HARDTANH,
-}  # fmt: skip
+# The activations that the compiled loop knows, as it numbers them.
+COMPILED = (RELU, LEAKY_RELU, IDENTITY, HARDTANH)
+_COMPILED = {id(phi): number for number, phi in enumerate(COMPILED)}
 
 
 class Equilibrium:

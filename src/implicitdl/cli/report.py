@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import viz
+from .._backend import backend
 from .._checks import extra, wrong
 from ..data import image_loader
 from ..nn import DenseEquilibriumClassifier, ImplicitModel
@@ -114,6 +115,8 @@ def info(run: str) -> None:
         found = folder.matched(who, path) | found
     else:
         found = _facts_of_training(options.data, folder.rows(who, path)) | found
+    way = backend()
+    found["loops"] = f"{way.way}: {way.why}"
     table = extra("rich.table", "cli").Table(title=str(path), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+from . import cache, compiler
+from .compiler import BuildError
 
-_REAL = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
+REAL = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
 _DENSE = (Tensor, nn.Parameter)
-# The best first.  Apple's compiler comes without OpenMP, and some compilers know no native processor.
-_OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-
 # Fewer products are made before a second thread has woken up.
 _WORTH_A_THREAD = 1 << 16
 
@@ -65,67 +63,102 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class BackendWarning(RuntimeWarning):
+    """The compiled loops cannot be had, and torch's operations do their work more slowly; or nowhere to keep them.
+
+    Said once a process, with the cause and what helps.  `implicitdl.backend()` has the same words.
+    """
+
+
+class Kernel(NamedTuple):
+    """A compiled source.
+
+    Attributes:
+        call: the compiler and the options that it was compiled with.
+        kept: the folder where it stays; None where it goes with the process.
+        outside: why it is not kept.
+    """
+
+    library: ctypes.CDLL
+    call: tuple[str, ...]
+    kept: Path | None
+    outside: BuildError | None = None
+
+
 @functools.cache
 def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled ``name.c`` for numbers of this dtype; None where there is none to be had.
 
-    ``IMPLICITDL_KERNELS=0`` in the environment does without.  Why one is missing goes to the log.
+    ``IMPLICITDL_KERNELS=0`` in the environment does without.
+
+    Warns:
+        BackendWarning: torch's operations have to serve instead, or every process compiles anew.
     """
-    if os.environ.get("IMPLICITDL_KERNELS") == "0" or dtype not in _REAL:
+    if dtype not in REAL or switched_off():
         return None
-    compiler = (os.environ.get("CC") or "cc").split()
-    if not compiler or shutil.which(compiler[0]) is None:
-        log.info("%s: no C compiler was found; torch's operations are used", name)
-        return None
-    source = Path(__file__).with_name(f"{name}.c")
-    real, integer = _REAL[dtype]
-    always = ["-std=gnu11", "-O3", "-fPIC", "-shared", f"-DREAL={real}", f"-DINT={integer}"]
-    for optional in _OPTIONAL:
-        try:
-            return ctypes.CDLL(str(_compiled(source, [*compiler, *always, *optional])))
-        except (OSError, subprocess.CalledProcessError) as error:
-            log.info("%s was not compiled: %s", name, getattr(error, "stderr", None) or error)
-    return None
+    kernel = find(name, dtype)
+    problem = kernel if isinstance(kernel, BuildError) else kernel.outside
+    if problem is not None and not _said:
+        _said.append(True)
+        if isinstance(kernel, Kernel):
+            text = f"the loops in C are compiled anew in every process: {problem.why}. {problem.do}."
+        else:
+            text = f"torch's operations do the work of the loops in C, more slowly: {problem.why}. {problem.do}, or "
+            text += "set IMPLICITDL_KERNELS=0 to silence this."
+        warnings.warn(f"implicitdl: {text}", BackendWarning, stacklevel=2)
+    return kernel.library if isinstance(kernel, Kernel) else None
 
 
-def _compiled(source: Path, command: list[str]) -> Path:
-    """The library of this source, command and machine, from the user's cache or new.
-
-    Its name holds a digest of what it was written with: to load half a file ends the process with a bus error.
-    """
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = _digest("\0".join([*texts, shutil.which(command[0]) or "", *command, _processor()]).encode())
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicitdl"
-        folder.mkdir(parents=True, exist_ok=True)
-        for found in folder.glob(f"{key}-*.so"):
-            if found.stem == f"{key}-{_digest(found.read_bytes())}":
-                return found
-        scratch = tempfile.TemporaryDirectory(dir=folder)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written: once a process, and gone with it
-        folder = _private_folder()
-        scratch = tempfile.TemporaryDirectory(dir=folder)
-    with scratch as name:
-        output = Path(name, "kernel.so")
-        to_link = [str(source), "-o", str(output), "-lm"]
-        subprocess.run([*command, *to_link], check=True, capture_output=True, text=True, errors="replace")
-        compiled = folder / f"{key}-{_digest(output.read_bytes())}.so"
-        os.replace(output, compiled)  # whole, or not at all, when two processes compile at once
-    return compiled
+_said: list[bool] = []
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+def switched_off() -> bool:
+    return os.environ.get("IMPLICITDL_KERNELS") == "0"
 
 
 @functools.cache
-def _private_folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="implicitdl-")
-    _kept.append(folder)
-    return Path(folder.name)
+def find(name: str, dtype: torch.dtype) -> Kernel | BuildError:
+    """The compiled ``name.c``, from the user's cache or new; or why there is none."""
+    try:
+        return _found(name, dtype)
+    except BuildError as error:
+        return error
+    except OSError as error:  # a disk that fills up, a file that goes
+        return BuildError(f"{name}.c could not be compiled ({error})", "See that files can be written")
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+def _found(name: str, dtype: torch.dtype) -> Kernel:
+    source, words = Path(__file__).with_name(f"{name}.c"), compiler.command()
+    calls = [(*words, *compiler.flags(*REAL[dtype], optional)) for optional in compiler.OPTIONS]
+    with contextlib.suppress(BuildError):  # said below
+        home = cache.folder()
+        for call in calls:
+            key = _key(source, call)
+            for path in cache.kept(home, key):
+                with contextlib.suppress(BuildError):  # of another make, or on a disk from which nothing may run
+                    return Kernel(compiler.load(path, key), call, home)
+    place = cache.workshop()
+    if isinstance(place, BuildError):
+        raise place
+    folder, outside = place
+    optional = compiler.known_options(words, folder)
+    if isinstance(optional, BuildError):
+        raise optional
+    call = calls[compiler.OPTIONS.index(optional)]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        key = _key(source, call)
+        made = compiler.compiled(source, call, key, Path(scratch))
+        loaded = compiler.load(made, key)  # which outlives its file
+        if outside is None:
+            with contextlib.suppress(OSError):  # full by now
+                cache.keep(folder, key, made)
+    return Kernel(loaded, call, None if outside else folder, outside)
+
+
+def _key(source: Path, call: tuple[str, ...]) -> str:
+    """What decides the code: the texts, the compiler and how it is called, and the machine."""
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    return cache.digest("\0".join([*texts, shutil.which(call[0]) or "", *call, _processor()]).encode())
 
 
 def _processor() -> str:

@@ -7,6 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* By which a library is known to be this one. */
+#define TEXT(x) #x
+#define TEXT_OF(x) TEXT(x)
+const char stamp[] = TEXT_OF(STAMP);
+
 #if defined(__AVX512F__)
 enum { BYTES = 64 };
 #elif defined(__AVX__)
