@@ -35,6 +35,7 @@ TURN = torch.tensor([[0.0, 9.0], [-9.0, 0.0]], dtype=torch.float64)
 
 
 class TestWellPosed:
+    @pytest.mark.float64
     def test_each_condition_proves_what_the_ones_before_do_not(self):
         scale = torch.tensor([[1.0], [100.0]])
         positive = torch.tensor([[0.4, 0.5], [0.5, 0.4]])
@@ -49,6 +50,7 @@ class TestWellPosed:
         assert proof(ImplicitModel(input_dim=3, output_dim=2, hidden_dim=30)) == "∞-norm"
         assert proof(ImplicitModel(input_dim=3, output_dim=2, hidden_dim=5, f=ImplicitFunctionTriu)) == "no loops"
 
+    @pytest.mark.float64
     def test_the_weights_are_a_proof(self):
         scale = torch.exp(torch.randn(12))
         A = dense(12)
@@ -57,6 +59,7 @@ class TestWellPosed:
         assert (v > 0).all()
         assert (A.abs() @ v < v).all()
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("order", [range(5), (3, 0, 4, 1, 2)])
     def test_reducible_matrices(self, order):
         # Two loops of roots 0.9 and 0.5 with a large one-way coupling, and a state that nothing needs.
@@ -71,6 +74,7 @@ class TestWellPosed:
         A[0] *= 3
         assert perron_certificate(2 * A.abs()) is None
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("n", [3, 40])
     def test_nilpotent_matrices_of_huge_range(self, n):
         A = 10 * dense(n).triu(1)
@@ -120,6 +124,7 @@ class TestWellPosed:
         assert found.unique is None
         assert found.conditions[-1].figure == "not tried: n = 25 > 20"
 
+    @pytest.mark.float64
     def test_the_report_in_words(self):
         text = str(certify.well_posed(space(TURN)))
         assert text.startswith("well posed\n  no loops: fails   2 of 2 states in loops\n  ∞-norm: fails")
@@ -202,6 +207,7 @@ class TestLipschitz:
         with pytest.raises(ArgumentError, match="lipschitz_sdp: expected φ' ≥ 0, got silu"):
             certify.lipschitz_sdp(model)
 
+    @pytest.mark.float64
     def test_affine_models_have_their_own_norm(self):
         D = torch.randn(3, 5)
         model = StateSpace.affine(D)
@@ -210,6 +216,7 @@ class TestLipschitz:
         assert certify.lipschitz_sdp(model) == pytest.approx(exact, rel=1e-10)
         assert certify.lipschitz_inf(model) == pytest.approx(float(D.abs().sum(1).max()), rel=1e-10)
 
+    @pytest.mark.float64
     def test_the_only_bound_of_a_rotation_is_monotone(self):
         assert certify.lipschitz_two(space(TURN)) == pytest.approx(1.0)
         assert certify.lipschitz_sdp(space(TURN)) == pytest.approx(1.0, rel=1e-4)

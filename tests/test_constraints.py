@@ -21,6 +21,7 @@ from implicitdl.testing import CONSTRAINTS, check_constraint
 BALLS = [RowScaling(kappa=0.9), RowProjection(kappa=0.9), SoftRowScaling(kappa=0.9)]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("size", [0.05, 0.5, 15.6], ids=["inside", "across", "outside"])
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=repr)
 def test_constraint(constraint, size):
@@ -40,6 +41,7 @@ def reference_projection(v: torch.Tensor, radius: float) -> torch.Tensor:
     return v.sign() * (v.abs() - theta).clamp(min=0)
 
 
+@pytest.mark.float64
 @settings(max_examples=300, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 30), st.floats(-6, 6), st.floats(0.05, 0.99), st.integers(0, 2**31),
@@ -61,6 +63,7 @@ def test_balls_contain_their_images_in_every_dtype(n, log_size, dtype, seed):
         assert ball.contains(ball(v))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("constraint", [RowScaling(kappa=0.9), RowProjection(kappa=0.9)], ids=repr)
 def test_on_the_boundary_the_gradient_is_a_one_sided_derivative(constraint):
     v = torch.randn(1, 5)
@@ -99,6 +102,7 @@ def test_scaling_touches_no_row_that_is_inside():
         assert torch.allclose(A[2].abs().sum(), torch.tensor(0.9))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("constraint", BALLS, ids=repr)
 @pytest.mark.parametrize("kappa", [0.9, 0.99, 0.7])
 def test_float32_gradients_are_those_of_float64(constraint, kappa):

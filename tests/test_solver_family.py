@@ -139,6 +139,7 @@ class TestBroyden:
 
 
 class TestNewton:
+    @pytest.mark.float64
     def test_the_tutorials_tanh_layer_takes_six_steps_at_most_where_plain_iteration_takes_tens(self):
         W = nn.Linear(50, 50, bias=False).weight.detach() * 2
         b = torch.randn(10, 50)
@@ -159,6 +160,7 @@ class TestNewton:
             solution = fixed_point(f, torch.zeros(1, 1), torch.tensor([[0.3]]), solver=Newton(dense=dense))
         assert int(solution.steps) == f.calls
 
+    @pytest.mark.float64
     @settings(deadline=None, max_examples=40)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 40), kappa=st.floats(0.1, 0.97))
     def test_on_relu_models_it_ends_after_few_steps_at_the_exact_solution(self, seed, n, kappa):
@@ -169,6 +171,7 @@ class TestNewton:
         assert solution.steps.max() <= 8
         assert solution.residual.max() < 1e-13
 
+    @pytest.mark.float64
     @settings(deadline=None, max_examples=30)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
     def test_monotone_models_of_any_size_of_a(self, seed, n):
@@ -176,6 +179,7 @@ class TestNewton:
         f = Equilibrium(monotone(n, size=2.0), torch.randn(5, n))
         assert fixed_point(f, torch.zeros(5, n), solver=Newton()).residual.max() < 1e-12
 
+    @pytest.mark.float64
     def test_nonnegative_and_cyclic_relu_models(self):
         positive = torch.rand(40, 40)
         for A in (0.99 * positive / positive.sum(dim=1, keepdim=True), 0.99 * torch.eye(40).roll(1, 0)):
@@ -190,6 +194,7 @@ class TestNewton:
         assert solution.value.abs().max() < 1e-10
         assert solution.steps.max() < 20
 
+    @pytest.mark.float64
     def test_dense_and_matrix_free_agree(self):
         A, b = monotone(40, m=0.5), torch.randn(4, 40)
         dense, free = (
@@ -229,6 +234,7 @@ class TestNewton:
         solution = fixed_point(lambda x, b: x + b - x**3, torch.zeros(1, 1), torch.tensor([[0.5]]), solver=Newton())
         assert torch.allclose(solution.value, torch.tensor([[0.5]]) ** (1 / 3))
 
+    @pytest.mark.float64
     def test_a_low_rank_model(self):
         L, R = 0.3 * torch.randn(2, 12, 3)
         f = LowRankEquilibrium(L, R, torch.randn(4, 12), TANH)
@@ -262,6 +268,7 @@ class TestNewton:
         ):
             fixed_point(lambda x, b: 0.5 * x + b, torch.zeros(3, 4), b, solver=Newton(dense=True))
 
+    @pytest.mark.float64
     def test_exact_gradients_through_newton(self):
         layer = nn.Linear(5, 5, bias=False)
         b = torch.randn(3, 5, requires_grad=True)
@@ -274,6 +281,7 @@ class TestNewton:
 
         assert torch.autograd.gradcheck(solve, (layer.weight.detach().requires_grad_(), b))
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("solver", [Newton(dense=True, rtol=1e-14), Broyden()], ids=repr)
     def test_unrolled(self, solver):
         A = (0.3 * torch.randn(4, 4)).requires_grad_()
@@ -316,6 +324,7 @@ class TestGMRES:
         assert solution.steps.max() <= n + 4
         assert (solution.value - exact).norm() < 10 * condition * GMRES().tolerance(dtype) * exact.norm()
 
+    @pytest.mark.float64
     def test_its_residual_is_the_smallest_of_the_krylov_space(self):
         n, k = 20, 6
         A, b = 0.9 * torch.randn(n, n) / n**0.5, torch.randn(1, n)
@@ -333,6 +342,7 @@ class TestGMRES:
         solution = fixed_point(affine(A), torch.zeros_like(b), b, solver=GMRES(restart=7))
         assert solution.converged.all()
 
+    @pytest.mark.float64
     def test_as_the_adjoints_solver_where_the_spectral_radius_is_above_one(self):
         A = torch.linalg.qr(torch.randn(4, 4))[0] @ torch.diag(torch.tensor([-3.0, -2.0, 0.5, 0.1]))
         A, b = (0.9 * A).requires_grad_(), torch.randn(2, 4, requires_grad=True)
@@ -362,6 +372,7 @@ class TestGMRES:
 
 
 class TestSplitting:
+    @pytest.mark.float64
     @settings(deadline=None, max_examples=15)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 40), size=st.floats(0.1, 3.0))
     def test_peaceman_rachford_solves_monotone_models_however_large_a_is(self, seed, n, size):
@@ -388,6 +399,7 @@ class TestSplitting:
         )
         assert default <= of_the_bound
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("solver", MONOTONE_SOLVERS, ids=repr)
     @pytest.mark.parametrize("activation", [RELU, LEAKY_RELU], ids=lambda a: a.name)
     def test_gradients_of_monotone_models(self, solver, activation):
@@ -403,6 +415,7 @@ class TestSplitting:
         assert torch.autograd.gradcheck(solve, (raw, b), fast_mode=True)
         assert torch.autograd.gradgradcheck(lambda raw, b: solve(raw, b, 2), (raw, b), fast_mode=True)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
     def test_the_adjoint_against_a_dense_solve_with_half_of_the_slopes_zero(self, alpha):
         A, b = monotone(12, 0.3, 2.0), torch.randn(4, 12, requires_grad=True)
@@ -417,6 +430,7 @@ class TestSplitting:
         v = torch.linalg.solve(torch.eye(12) - J.transpose(1, 2), g.unsqueeze(2)).squeeze(2)
         assert torch.allclose(db, v * slope, atol=1e-7)
 
+    @pytest.mark.float64
     def test_a_leaky_relu_is_not_its_own_prox(self):
         # α ≠ 1 with φ in the place of prox_αf converges, to something else.
         A, b = monotone(8, 0.5, 1.0), torch.randn(3, 8)
@@ -437,6 +451,7 @@ class TestSplitting:
         z = y + (u - y) / alpha
         assert torch.allclose(activation.phi(z), y, atol=1e-12)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("name", ["tanh", "sigmoid", "softplus", "elu", "hardtanh"])
     def test_peaceman_rachford_takes_alpha_1_for_other_activations(self, name):
         f = Equilibrium(monotone(10, 0.3, 1.0), torch.randn(3, 10), BUILTIN[name])
