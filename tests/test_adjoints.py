@@ -26,6 +26,7 @@ from implicitdl.activations import RELU, TANH
 from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("solver", [Picard(max_steps=2000), Anderson(), Auto()], ids=repr)
 @pytest.mark.parametrize("adjoint", EXACT_ADJOINTS, ids=repr)
 def test_gradcheck_to_the_claimed_order(adjoint, solver):
@@ -49,6 +50,7 @@ def dense_adjoint(A, b, x, g):
     return torch.linalg.solve(torch.eye(A.shape[0]) - J.transpose(1, 2), g.unsqueeze(2)).squeeze(2)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_jacobian_against_a_dense_solve(closed_form):
     A, b, f = tanh_problem(n=20, batch=5)
@@ -62,6 +64,7 @@ def test_jacobian_against_a_dense_solve(closed_form):
     assert (dA - v.t() @ x.detach()).abs().max() < 1e-8
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("adjoint", APPROXIMATE_ADJOINTS, ids=repr)
 def test_phantom_gradient_is_the_cut_neumann_series(adjoint):
     A, b, f = tanh_problem()
@@ -109,6 +112,7 @@ def test_order_2_raises_at_the_third_derivative():
         torch.autograd.grad(second.pow(2).sum(), A)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_order_2_in_one_backward_with_the_first_derivative(closed_form):
     # A gradient penalty: first- and second-order cotangents arrive at the solution in the same backward.
@@ -242,6 +246,7 @@ def test_every_weight_a_closure_uses_gets_its_gradient():
     assert all(weight.grad is not None for weight in block.parameters())
 
 
+@pytest.mark.float64
 def test_gradient_of_a_sample_does_not_depend_on_its_batch_mates():
     A, b, _ = tanh_problem(batch=6)
     A = A.detach()
@@ -257,6 +262,7 @@ def test_gradient_of_a_sample_does_not_depend_on_its_batch_mates():
         assert torch.allclose(gradient(slice(i, i + 1))[0], together[i], rtol=1e-9)
 
 
+@pytest.mark.float64
 def test_low_rank_equals_the_dense_product_in_value_and_gradient():
     L, R = (0.2 * torch.randn(12, 3)).requires_grad_(), (0.2 * torch.randn(12, 3)).requires_grad_()
     b = torch.randn(5, 12, requires_grad=True)
@@ -288,6 +294,7 @@ def test_low_rank_can_be_unrolled():
     assert all(torch.allclose(one, other, atol=1e-8) for one, other in zip(exact, unrolled, strict=True))
 
 
+@pytest.mark.float64
 def test_triangular_gradients_by_substitution():
     A, b = (2 * torch.randn(6, 6)).requires_grad_(), torch.randn(3, 6, requires_grad=True)
 
@@ -341,6 +348,7 @@ def test_in_place_changes_of_the_value_are_right_or_refused():
         torch.autograd.grad(x.sum(), b)
 
 
+@pytest.mark.float64
 def test_unrolled_picard_has_derivatives_of_higher_order():
     A, b, _ = tanh_problem(n=2, batch=1)
 
@@ -409,6 +417,7 @@ class TestEasySamplesLeaveTheBackwardSolve:
         x.sum().backward()
         torch.testing.assert_close(v.grad, u.grad, rtol=1e-8, atol=1e-10)
 
+    @pytest.mark.float64
     def test_a_function_that_gives_other_values_since_is_not_taken_for_the_same(self):
         f = Mixed().eval()
         u, x = f.solution()

@@ -45,14 +45,14 @@ def random_space(seed: int, kinds=ALL) -> StateSpace:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=g))
 
     n, p, q = draw(2, 8), draw(1, 4), draw(2, 4)
     first = draw(1, n - 1)
-    A = normal(n, n) * (torch.rand(n, n, generator=g) < 0.7)
+    A = normal(n, n) * (torch.rand(n, n, generator=g, dtype=torch.float64) < 0.7)
     A = A * (0.9 / max(perron_root(A), 0.5))
     scale = torch.exp(normal(n))
     blocks = [(kinds[draw(0, len(kinds) - 1)], first), (kinds[draw(0, len(kinds) - 1)], n - first)]
@@ -70,7 +70,7 @@ def outputs(space: StateSpace, u: torch.Tensor) -> torch.Tensor:
 
 def inside(box: Box, count: int) -> torch.Tensor:
     """Points of every sample's box, (count, batch, p): random ones, and every third a random corner."""
-    where = torch.rand(count, *box.lower.shape)
+    where = torch.rand(count, *box.lower.shape, dtype=torch.float64)
     where[::3] = where[::3].round()
     return box.lower + where * (box.upper - box.lower)
 
@@ -79,7 +79,7 @@ class TestSoundness:
     def test_random_points_of_200_random_models(self):
         for seed in range(200):
             space = random_space(seed)
-            box = Box.around(torch.rand(2, space.p), 0.02 + 0.2 * (seed % 5))
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.02 + 0.2 * (seed % 5))
             proved = certify.contractive("test", space)
             self.holds(
                 space, box, *(certify.output_bounds(proved, box, kind()) for kind in (Sensitivity, Interval, Crown))
@@ -89,7 +89,7 @@ class TestSoundness:
     def test_random_points_after_refinement(self, method, models):
         for seed in range(models):
             space = random_space(seed)
-            box = Box.around(torch.rand(2, space.p), 0.02 + 0.2 * (seed % 5))
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.02 + 0.2 * (seed % 5))
             self.holds(space, box, certify.output_bounds(space, box, method))
 
     @staticmethod
@@ -103,7 +103,7 @@ class TestSoundness:
     def test_attacks_on_random_models(self, method):
         for seed in range(8):
             space = random_space(seed)
-            u, labels = torch.rand(3, space.p), torch.randint(space.q, (3,))
+            u, labels = torch.rand(3, space.p, dtype=torch.float64), torch.randint(space.q, (3,))
             margins = certify.margins(space, Box.around(u, 0.2), labels, method)
             worst = certify.pgd(space, u, labels, 0.2, steps=5, restarts=2)
             y = outputs(space, worst)
@@ -117,12 +117,12 @@ class TestSoundness:
     def test_a_solve_that_was_stopped_early_is_corrected(self, method, steps):
         for seed in range(8):
             space = random_space(seed)
-            box = Box.around(torch.rand(2, space.p), 0.1)
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.1)
             self.holds(space, box, certify.output_bounds(space, box, method(solver=Picard(max_steps=steps))))
 
     def test_a_bad_solve_is_looser_and_a_better_one_never_wrong(self):
         space = random_space(3, (RELU,))
-        box = Box.around(torch.rand(2, space.p), 0.1)
+        box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.1)
         rough, fine = (certify.output_bounds(space, box, Crown(solver=Picard(max_steps=k))) for k in (2, 500))
         assert ((rough.upper - rough.lower) > (fine.upper - fine.lower)).all()
 
@@ -137,7 +137,11 @@ class TestSoundness:
 
     def test_rounding_goes_outwards(self):
         # Sums of a thousand terms that binary fractions do not hold, against exact arithmetic on the same floats.
-        weights, low, high = torch.full((1, 1000), 0.1), torch.full((1, 1000), 0.1), torch.full((1, 1000), 0.3)
+        weights, low, high = (
+            torch.full((1, 1000), 0.1, dtype=torch.float64),
+            torch.full((1, 1000), 0.1, dtype=torch.float64),
+            torch.full((1, 1000), 0.3, dtype=torch.float64),
+        )
         space = StateSpace.affine(torch.cat([weights, -weights]))
         for method in METHODS.values():
             y = certify.output_bounds(space, Box(low, high), method)
@@ -151,7 +155,7 @@ class TestSoundness:
         for seed in range(30):
             space = random_space(seed, (SILU, TANH))
             space = space.replace(A=space.A / 1.2)
-            box = Box.around(torch.rand(2, space.p), 0.1)
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.1)
             self.holds(space, box, certify.output_bounds(space, box, Sensitivity()))
 
 
@@ -160,7 +164,9 @@ class TestNesting:
     @given(seed=st.integers(0, 10**6), eps=st.floats(0, 0.5))
     def test_each_method_is_inside_the_looser_one(self, seed, eps):
         space = random_space(seed)
-        box = Box.around(torch.rand(2, space.p, generator=torch.Generator().manual_seed(seed)), eps)
+        box = Box.around(
+            torch.rand(2, space.p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), eps
+        )
         kinds = (Sensitivity, {}), (Interval, {}), (Crown, {}), (Crown, {"rounds": 1}), (Crown, {"rounds": 2})
         bounds = [certify.output_bounds(space, box, kind(solver=EXACT, **more)) for kind, more in kinds]
         for outer, inner in pairwise(bounds):
@@ -172,7 +178,7 @@ class TestNesting:
         gained = 0.0
         for seed in range(8):
             space = random_space(seed, (RELU,))
-            box = Box.around(torch.rand(2, space.p), 0.3)
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.3)
             chosen, improved = (certify.output_bounds(space, box, Crown(steps=steps)).upper for steps in (0, 10))
             assert (improved <= chosen + 1e-8 * (1 + chosen.abs())).all()
             gained += float((chosen - improved).sum())
@@ -183,7 +189,7 @@ class TestNesting:
         for seed in range(60):
             space = random_space(seed, (RELU,))
             labels = torch.zeros(4, dtype=torch.int64)
-            box = Box.around(torch.rand(4, space.p), 0.5)
+            box = Box.around(torch.rand(4, space.p, dtype=torch.float64), 0.5)
             by_interval, by_crown = (certify.margins(space, box, labels, m) for m in (Interval(), Crown()))
             assert (by_crown.lower >= by_interval.lower).all()
             assert by_interval.lost is None
@@ -195,14 +201,14 @@ class TestNesting:
         for seed in range(30):
             space = random_space(seed)
             labels = torch.randint(space.q, (2,))
-            box = Box.around(torch.rand(2, space.p), 0.1)
+            box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.1)
             y = certify.output_bounds(space, box)
             apart = y.lower.gather(1, labels.unsqueeze(1)) - y.upper
             assert (certify.margins(space, box, labels, Interval()).lower >= apart - 1e-9).all()
 
     def test_wider_boxes_have_wider_bounds(self):
         space = random_space(1)
-        u = torch.rand(2, space.p)
+        u = torch.rand(2, space.p, dtype=torch.float64)
         narrow, wide = (certify.output_bounds(space, Box.around(u, eps)) for eps in (0.1, 0.2))
         assert ((wide.lower <= narrow.lower) & (narrow.upper <= wide.upper)).all()
 
@@ -210,8 +216,8 @@ class TestNesting:
 class TestExactness:
     @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
     def test_an_affine_model(self, method):
-        D, b = torch.randn(4, 6), torch.randn(4)
-        u, labels = torch.rand(5, 6), torch.randint(4, (5,))
+        D, b = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+        u, labels = torch.rand(5, 6, dtype=torch.float64), torch.randint(4, (5,))
         found = certify.margins(StateSpace.affine(D, b), Box.around(u, 0.1, domain=None), labels, method)
         difference = D[labels].unsqueeze(1) - D
         exact = (difference @ u.unsqueeze(2)).squeeze(2) + b[labels].unsqueeze(1) - b - 0.1 * difference.abs().sum(2)
@@ -223,7 +229,7 @@ class TestExactness:
     def test_a_box_of_one_point(self, method):
         for seed in range(8):
             space = random_space(seed)
-            u = torch.rand(3, space.p)
+            u = torch.rand(3, space.p, dtype=torch.float64)
             y = certify.output_bounds(space, Box.around(u, 0.0), method)
             torch.testing.assert_close(y.lower, outputs(space, u), rtol=1e-7, atol=1e-7)
             torch.testing.assert_close(y.upper, outputs(space, u), rtol=1e-7, atol=1e-7)
@@ -232,20 +238,30 @@ class TestExactness:
     def test_one_state_that_nothing_else_joins(self, phi):
         # y = 2 φ(3u − 1) is monotone in u, so interval propagation has nothing to lose.
         space = StateSpace(
-            torch.zeros(1, 1), torch.tensor([[3.0]]), torch.tensor([[2.0]]), b_x=torch.tensor([-1.0]), blocks=phi
+            torch.zeros(1, 1, dtype=torch.float64),
+            torch.tensor([[3.0]], dtype=torch.float64),
+            torch.tensor([[2.0]], dtype=torch.float64),
+            b_x=torch.tensor([-1.0], dtype=torch.float64),
+            blocks=phi,
         )
-        y = certify.output_bounds(space, Box(torch.tensor([[0.1]]), torch.tensor([[0.7]])), Interval())
-        ends = 2 * phi.phi(torch.tensor([3 * 0.1 - 1, 3 * 0.7 - 1]))
+        y = certify.output_bounds(
+            space,
+            Box(torch.tensor([[0.1]], dtype=torch.float64), torch.tensor([[0.7]], dtype=torch.float64)),
+            Interval(),
+        )
+        ends = 2 * phi.phi(torch.tensor([3 * 0.1 - 1, 3 * 0.7 - 1], dtype=torch.float64))
         torch.testing.assert_close(torch.cat([y.lower, y.upper], 1)[0], ends, rtol=0, atol=1e-12)
 
     def test_where_no_kink_is_crossed_the_adjoint_bound_is_the_models_own_slope(self):
         # All states active on the box: y is affine there, with slope C(I − A)⁻¹B + D.
         g = torch.Generator().manual_seed(5)
-        A, B, C, D = (torch.randn(*shape, generator=g) for shape in ((6, 6), (6, 3), (2, 6), (2, 3)))
+        A, B, C, D = (
+            torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 6), (6, 3), (2, 6), (2, 3))
+        )
         A = 0.8 * A / A.abs().sum(1, keepdim=True)
-        space = StateSpace(A, B, C, D, torch.full((6,), 30.0))
-        u = torch.rand(2, 3)
-        slope = C @ torch.linalg.solve(torch.eye(6) - A, B) + D
+        space = StateSpace(A, B, C, D, torch.full((6,), 30.0, dtype=torch.float64))
+        u = torch.rand(2, 3, dtype=torch.float64)
+        slope = C @ torch.linalg.solve(torch.eye(6, dtype=torch.float64) - A, B) + D
         y = certify.output_bounds(space, Box.around(u, 0.1, domain=None), Crown())
         reach = 0.1 * slope.abs().sum(1)
         torch.testing.assert_close(y.upper, outputs(space, u) + reach, rtol=1e-9, atol=1e-9)
@@ -253,14 +269,19 @@ class TestExactness:
 
     def test_self_loops_are_solved_for(self):
         # x = relu(−x + u) is x = u/2: counted with |a| = 1 it would not even contract.
-        one = torch.ones(1, 1)
+        one = torch.ones(1, 1, dtype=torch.float64)
         y = certify.output_bounds(StateSpace(-one, one, one), Box(0.2 * one, 0.6 * one), Interval())
-        torch.testing.assert_close(torch.cat([y.lower, y.upper]), torch.tensor([[0.1], [0.3]]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            torch.cat([y.lower, y.upper]), torch.tensor([[0.1], [0.3]], dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
     def test_the_sensitivity_matrix_by_its_formula(self):
         space = random_space(7, (TANH,))
         n = space.n
-        S = space.C.abs() @ torch.linalg.solve(torch.eye(n) - space.A.abs(), space.B.abs()) + space.D.abs()
+        S = (
+            space.C.abs() @ torch.linalg.solve(torch.eye(n, dtype=torch.float64) - space.A.abs(), space.B.abs())
+            + space.D.abs()
+        )
         found = certify.sensitivity(space)
         torch.testing.assert_close(found, S, rtol=1e-10, atol=1e-10)
         assert (found >= S).all()
@@ -268,7 +289,7 @@ class TestExactness:
     @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
     def test_one_sample_against_a_batch(self, method):
         space = random_space(11)
-        box = Box.around(torch.rand(4, space.p), 0.1)
+        box = Box.around(torch.rand(4, space.p, dtype=torch.float64), 0.1)
         together = certify.output_bounds(space, box, method)
         for i in range(4):
             alone = certify.output_bounds(space, Box(box.lower[i : i + 1], box.upper[i : i + 1]), method)
@@ -281,9 +302,16 @@ class TestLines:
     @given(kind=st.sampled_from(ALL), ends=st.tuples(st.floats(-8, 8), st.floats(-8, 8)), share=st.floats(0, 1))
     def test_they_hold_the_activation(self, kind, ends, share):
         low, high = sorted(ends)
-        z = torch.linspace(low, high, 201)
-        space = StateSpace(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), blocks=kind)
-        found = lines(space, Box(torch.tensor([[low]]), torch.tensor([[high]])))
+        z = torch.linspace(low, high, 201, dtype=torch.float64)
+        space = StateSpace(
+            torch.zeros(1, 1, dtype=torch.float64),
+            torch.ones(1, 1, dtype=torch.float64),
+            torch.ones(1, 1, dtype=torch.float64),
+            blocks=kind,
+        )
+        found = lines(
+            space, Box(torch.tensor([[low]], dtype=torch.float64), torch.tensor([[high]], dtype=torch.float64))
+        )
         above = found.high_slope * z + found.high_offset
         free = found.least + share * (found.most - found.least)
         phi = kind.phi(z)
@@ -292,55 +320,63 @@ class TestLines:
         assert (free * z + found.low_offset <= phi + 1e-12).all()
 
     def test_no_gradient_is_lost_where_the_interval_is_a_point(self):
-        space = StateSpace(torch.zeros(2, 2), torch.ones(2, 1), torch.ones(1, 2))
-        z = torch.tensor([[-1.0, 2.0]], requires_grad=True)
+        space = StateSpace(
+            torch.zeros(2, 2, dtype=torch.float64),
+            torch.ones(2, 1, dtype=torch.float64),
+            torch.ones(1, 2, dtype=torch.float64),
+        )
+        z = torch.tensor([[-1.0, 2.0]], requires_grad=True, dtype=torch.float64)
         sum(part.sum() for part in lines(space, Box(z, z))).backward()
         assert torch.isfinite(z.grad).all()
 
 
 class TestRefusals:
     def test_boxes(self):
-        u = torch.rand(2, 3)
+        u = torch.rand(2, 3, dtype=torch.float64)
         with pytest.raises(ArgumentError, match=r"expected ε ≥ 0, got -0.1"):
             Box.around(u, -0.1)
         with pytest.raises(ArgumentError, match=r"expected u in the domain \[0, 1\], got values in .* domain=None"):
             Box.around(u + 2, 0.1)
         with pytest.raises(ArgumentError, match=r"expected lower ≤ upper, got 1 > 0 at \(1, 2\)"):
-            Box(torch.tensor([[0.0] * 3, [0.0, 0.0, 1.0]]), torch.zeros(2, 3))
+            Box(torch.tensor([[0.0] * 3, [0.0, 0.0, 1.0]], dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
         with pytest.raises(ArgumentError, match="expected finite upper, got 1 NaN or infinite entries of 3"):
-            Box(torch.zeros(1, 3), torch.tensor([[0.0, torch.nan, 1.0]]))
+            Box(torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, torch.nan, 1.0]], dtype=torch.float64))
         with pytest.raises(ArgumentError, match=r"of shape \(batch ≥ 1, p\)"):
-            Box(torch.zeros(3), torch.zeros(3))
+            Box(torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
 
     def test_boxes_that_do_not_fit(self):
         model = ImplicitModel(input_dim=3, output_dim=2, hidden_dim=4)
-        box = Box.around(torch.rand(2, 4), 0.1)
+        box = Box.around(torch.rand(2, 4, dtype=torch.float64), 0.1)
         with pytest.raises(ArgumentError, match=r"output_bounds: expected a box of shape \(batch, p=3\), got \(2, 4\)"):
             certify.output_bounds(model, box)
         with pytest.raises(ArgumentError, match="margins: expected a Box of inputs, got Tensor"):
-            certify.margins(model, torch.rand(2, 3), torch.zeros(2, dtype=torch.int64))
+            certify.margins(model, torch.rand(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
         with pytest.raises(ArgumentError, match="expected method to be a Method, got <class"):
-            certify.output_bounds(model, Box.around(torch.rand(2, 3), 0.1), Crown)
+            certify.output_bounds(model, Box.around(torch.rand(2, 3, dtype=torch.float64), 0.1), Crown)
 
     def test_labels(self):
         model = ImplicitModel(input_dim=3, output_dim=2, hidden_dim=4)
-        box = Box.around(torch.rand(2, 3), 0.1)
+        box = Box.around(torch.rand(2, 3, dtype=torch.float64), 0.1)
         with pytest.raises(ArgumentError, match=r"expected labels of shape \(batch=2,\) int64, got \(\(2,\), torch.fl"):
-            certify.margins(model, box, torch.zeros(2))
+            certify.margins(model, box, torch.zeros(2, dtype=torch.float64))
         with pytest.raises(ArgumentError, match="expected labels from 0 to 1, got 0 to 2"):
             certify.margins(model, box, torch.tensor([0, 2]))
 
     def test_models(self):
-        box = Box.around(torch.rand(1, 2), 0.1)
-        turn = StateSpace(torch.tensor([[0.0, 9.0], [-9.0, 0.0]]), torch.eye(2), torch.eye(2))
+        box = Box.around(torch.rand(1, 2, dtype=torch.float64), 0.1)
+        turn = StateSpace(
+            torch.tensor([[0.0, 9.0], [-9.0, 0.0]], dtype=torch.float64),
+            torch.eye(2, dtype=torch.float64),
+            torch.eye(2, dtype=torch.float64),
+        )
         with pytest.raises(ArgumentError, match=r"expected a model with λ_pf.* < 1.*, got 9"):
             certify.output_bounds(turn, box)
         with pytest.raises(ArgumentError, match=r"expected an ImplicitModel, a StateSpace, .*, got Linear. Convert"):
             certify.output_bounds(torch.nn.Linear(2, 2), box)
 
     def test_activations(self):
-        box = Box.around(torch.rand(1, 2), 0.1)
-        zero, eye = torch.zeros(2, 2), torch.eye(2)
+        box = Box.around(torch.rand(1, 2, dtype=torch.float64), 0.1)
+        zero, eye = torch.zeros(2, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
         silu = StateSpace(zero, eye, eye, blocks=SILU)
         with pytest.raises(ArgumentError, match=r"Interval: expected a nondecreasing φ, got silu.* Use Sensitivity"):
             certify.output_bounds(silu, box, Interval())

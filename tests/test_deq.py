@@ -46,11 +46,13 @@ class Dense(nn.Module):
 
 
 class TestInputs:
+    @pytest.mark.float64
     def test_one_tensor(self):
         deq, u = DEQ(Dense()), torch.randn(3, 4)
         x = deq(u)
         assert torch.allclose(deq.f(x, u), x, atol=1e-9)
 
+    @pytest.mark.float64
     def test_several_tensors_and_the_same_as_a_tuple(self):
         def f(x, u, scale):
             return torch.tanh(0.5 * x + u * scale)
@@ -60,6 +62,7 @@ class TestInputs:
         assert torch.allclose(f(x, u, scale), x, atol=1e-9)
         assert torch.equal(DEQ(f)((u, scale)), x)
 
+    @pytest.mark.float64
     def test_none(self):
         weight = torch.tensor([0.3, 0.6], requires_grad=True)
         x = DEQ(lambda x: weight * x + 1, x0=torch.zeros(5, 2))()
@@ -77,6 +80,7 @@ class TestInputs:
         assert x.shape == (4, 2, 3)
         assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(f((x, y), u), (x, y), strict=True))
 
+    @pytest.mark.float64
     def test_integers_as_input(self):
         embedding = nn.Embedding(7, 3)
         x = DEQ(lambda x, u: torch.tanh(0.5 * x + embedding(u)), x0=ZeroStart((3,)))(torch.tensor([1, 5]))
@@ -112,6 +116,7 @@ class TestInputs:
 
 
 class TestStarts:
+    @pytest.mark.float64
     def test_the_solution_does_not_depend_on_it(self):
         u = torch.randn(3, 4)
         f = Dense()
@@ -269,10 +274,12 @@ class TestIterates:
         phantom = torch.autograd.grad(deq.f(x, u).pow(2).sum(), (u, *deq.f.parameters()))
         assert all(torch.allclose(a, b) for a, b in zip(ours, phantom, strict=True))
 
+    @pytest.mark.float64
     def test_the_solution_keeps_its_exact_gradient(self):
         deq, u = DEQ(Dense()), torch.randn(2, 4, requires_grad=True)
         assert torch.autograd.gradcheck(lambda u: deq.iterates(u, at=(2,))[0].value, u)
 
+    @pytest.mark.float64
     def test_beyond_the_end_it_is_the_solution(self):
         deq, u = DEQ(Dense()), torch.randn(3, 4)
         solution, (late,) = deq.iterates(u, at=(5000,))
@@ -292,6 +299,7 @@ class TestIterates:
 
 
 class TestModule:
+    @pytest.mark.float64
     def test_deepcopy_pickle_state_dict_and_to(self):
         deq, u = (
             DEQ(ResidualBlock(2, 4, num_groups=2), solver=Anderson(rtol=1e-6), x0=WarmStart()),
@@ -341,6 +349,7 @@ class TestModule:
         finally:
             gc.enable()
 
+    @pytest.mark.float64
     def test_functional_call_reaches_the_weights(self):
         deq, u = DEQ(Dense()), torch.randn(2, 4, requires_grad=True)
         names = [name for name, _ in deq.named_parameters()]

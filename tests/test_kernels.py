@@ -125,6 +125,7 @@ class TestSolutions:
         told = solution.residual[solution.converged]
         assert close(told, residual_of(problem.f, solution.value)[solution.converged], problem.dtype)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("most", [2, 6, 18, 40])
     @pytest.mark.parametrize("size", [1.2, 2.0, 4.0])
     @by_name
@@ -227,6 +228,7 @@ class TestRowsAlone:
             assert torch.equal(getattr(whole, name), getattr(shared, name))
             assert torch.equal(getattr(whole, name)[last:], getattr(alone, name))
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e300, 1e-300, 5e-324, 0.0])
     @by_name
     def test_a_strange_row_disturbs_nobody(self, phi, bad):
@@ -306,6 +308,7 @@ class TestHardRows:
         assert torch.equal(solution.converged, alone.converged)
         assert torch.equal(solution.converged, solution.residual <= rtol)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("radius", [0.99, 0.999, 0.9999])
     def test_slow_rows_are_left_to_the_next_stage(self, radius):
         Q = torch.linalg.qr(torch.randn(20, 20)).Q
@@ -318,6 +321,7 @@ class TestHardRows:
         exact = torch.linalg.solve(torch.eye(20) - A, b.t()).t()
         assert torch.allclose(solution.value, exact, rtol=1e-5, atol=1e-4)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("radius", [0.9, 0.99, 1.0])
     def test_rotations(self, radius):
         turn = radius * torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]])] * 5)
@@ -349,6 +353,7 @@ class TestHardRows:
         (both,), (expected,) = torch.autograd.grad(x, b, g), torch.autograd.grad(easy_x, alone, g[::2])
         assert torch.equal(both[::2], expected)
 
+    @pytest.mark.float64
     def test_slow_cotangents(self):
         A = (0.999 * torch.linalg.qr(torch.randn(10, 10)).Q).requires_grad_()
         b = torch.randn(3, 10, requires_grad=True)
@@ -371,18 +376,22 @@ class TestGradients:
     def tensors(self) -> tuple[Tensor, Tensor]:
         return contraction(6, 0.8).requires_grad_(), torch.randn(4, 6, requires_grad=True)
 
+    @pytest.mark.float64
     @by_name
     def test_gradcheck(self, phi):
         assert gradcheck(lambda A, b: value(A, b, phi), self.tensors())
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("x0", [None, torch.ones(4, 6, dtype=torch.float64)], ids=["none", "given"])
     def test_batched_gradcheck(self, x0):
         assert gradcheck(lambda A, b: value(A, b, x0=x0), self.tensors(), check_batched_grad=True)
 
+    @pytest.mark.float64
     @by_name
     def test_second_order(self, phi):
         assert gradgradcheck(lambda A, b: value(A, b, phi, order=2), self.tensors())
 
+    @pytest.mark.float64
     def test_first_order_is_right_under_create_graph_and_refuses_a_second(self):
         A, b = self.tensors()
         plain = torch.autograd.grad(value(A, b).sum(), (A, b))
@@ -400,6 +409,7 @@ class TestGradients:
         held[which].requires_grad_()
         assert torch.equal(torch.autograd.grad(value(*held).pow(2).sum(), held[which])[0], both)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("which", ["A", "b", "x"])
     def test_a_change_in_place_before_backward_is_an_error(self, which):
         leaves = self.tensors()
@@ -419,6 +429,7 @@ class TestGradients:
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, (A, b))
 
+    @pytest.mark.float64
     def test_a_graph_that_is_not_used_leaves_nothing_alive(self):
         x = value(*self.tensors())
         held = weakref.ref(x.grad_fn.at)
@@ -435,6 +446,7 @@ class TestGradients:
             alone = torch.autograd.functional.jacobian(model, u)
         assert torch.allclose(found, alone, atol=1e-9)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("outside", [1e-3, 100.0])
     def test_model_gradients_are_those_of_torch_alone(self, outside):
         model = ImplicitModel(5, 3, 17, tol=1e-12, grad_tol=1e-12, bias=True)
@@ -451,6 +463,7 @@ class TestGradients:
         model(torch.randn(4, 3)).sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.float64
     @forward_mode
     def test_torch_func_goes_its_own_way(self):
         A, b = (t.detach() for t in self.tensors())
@@ -519,6 +532,7 @@ class TestForeignTensors:
         self.A, self.b = contraction(5, 0.8), torch.randn(3, 5)
         self.x = solve(Equilibrium(self.A, self.b, IDENTITY)).value
 
+    @pytest.mark.float64
     @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
     def test_sparse_weights(self):
         f = Equilibrium(self.A.to_sparse_csr(), self.b, IDENTITY)
@@ -537,6 +551,7 @@ class TestForeignTensors:
         assert torch.equal(solution.value, self.x)
         assert solution.residual.device.type == "cpu"
 
+    @pytest.mark.float64
     def test_a_subclass_is_left_to_torch(self):
         class Listening(Tensor):
             pass
@@ -545,6 +560,7 @@ class TestForeignTensors:
         assert isinstance(solve(f).value, Listening)
         assert torch.allclose(solve(f).value.as_subclass(Tensor), self.x)
 
+    @pytest.mark.float64
     def test_a_recorder_sees_what_is_done(self):
         recorded = make_fx(lambda b: solve(Equilibrium(self.A, b, IDENTITY)).value)(self.b)
         assert torch.allclose(recorded(self.b), self.x)
@@ -637,6 +653,7 @@ class TestRowScaling:
         plain = v[3:4].clone().requires_grad_()
         assert torch.allclose(gradient[3:4], torch.autograd.grad(plain * row_scale(plain, 0.5), plain, g[3:4])[0])
 
+    @pytest.mark.float64
     def test_second_derivatives(self):
         assert gradgradcheck(RowScaling(kappa=0.5), torch.randn(4, 5).requires_grad_())
 
@@ -693,6 +710,7 @@ class TestNorms:
         # γ is a ratio of sums of either sign.
         assert torch.allclose(compiled, plain, rtol=1e-3, atol=1e4 * torch.finfo(x.dtype).eps)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", [1e-200, 1e200, torch.inf, torch.nan])
     def test_an_aitken_step_of_products_that_say_nothing_is_plain(self, size):
         x, fx, before = torch.zeros(2, 20), torch.ones(2, 20), torch.full((2, 20), 2.0)
@@ -703,6 +721,7 @@ class TestNorms:
         with torch.no_grad(), torch_alone():
             assert torch.equal(found.nan_to_num(), aitken._extrapolate(x, fx, before).nan_to_num())
 
+    @pytest.mark.float64
     def test_numbers_that_do_not_lie_together_are_left_to_torch(self):
         assert rows.norms(strided(torch.ones(2, 3)), torch.ones(2, 3)) is None
         assert rows.norms(torch.ones(2, 3), torch.ones(2, 3).float()) is None

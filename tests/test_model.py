@@ -78,6 +78,7 @@ def functional(built, adjoint_inputs):
     return call, (u, *built.parameters())
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("scale", [0.5, 20.0], ids=["inside", "outside"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck_for_the_input_and_every_parameter(variant, scale):
@@ -85,6 +86,7 @@ def test_gradcheck_for_the_input_and_every_parameter(variant, scale):
     assert torch.autograd.gradcheck(*functional(built, built))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("variant", ["dense", "projection", "triangular", "low-rank", "tanh"])
 def test_gradgradcheck_at_order_2(variant):
     built = model(5.0, adjoint=ImplicitAdjoint(order=2), **VARIANTS[variant])
@@ -104,6 +106,7 @@ def test_projected_gradient_differs_from_the_straight_through_one():
     assert not torch.allclose(built.A.grad, frozen.A.grad, rtol=0.1)
 
 
+@pytest.mark.float64
 def test_the_result_and_gradient_do_not_depend_on_the_start():
     built, u = model(), torch.randn(4, 3)
 
@@ -115,6 +118,7 @@ def test_the_result_and_gradient_do_not_depend_on_the_start():
         assert torch.allclose(one, other, atol=1e-8)
 
 
+@pytest.mark.float64
 def test_jacobian_against_a_dense_solve():
     built, u = model(), torch.randn(1, 3)
     J = torch.autograd.functional.jacobian(built, u)[0, :, 0]
@@ -140,6 +144,7 @@ def test_solve_returns_the_full_solution():
     assert torch.allclose(built.read_out(solution.value, u), built(u))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_sample_equals_its_row_of_the_batch(variant):
     built, u = model(3.0, **VARIANTS[variant]), torch.randn(6, 3)
@@ -210,6 +215,7 @@ def test_the_settings_of_one_model_do_not_touch_another():
     assert (first.kappa, first.solver.rtol) == (0.5, 1e-3)
 
 
+@pytest.mark.float64
 def test_a_users_phi_keeps_its_slope_and_a_missing_dphi_comes_from_autograd():
     with pytest.warns(ImplicitFunctionWarning, match=r"Swish: the slope of φ is not known.*\[-0\.09984, 1\.1\]"):
         swish = ImplicitModel(**SIZES, f=Swish, kappa=0.9)
@@ -229,6 +235,7 @@ def test_torchs_own_functions_are_recognised(recwarn):
     assert not list(recwarn)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("activation", BUILTIN.values(), ids=lambda a: a.name)
 def test_builtin_slopes_are_right(activation):
     z = torch.linspace(-12, 12, 240_001, requires_grad=True)
@@ -246,6 +253,7 @@ def test_builtin_slopes_are_right(activation):
         assert torch.allclose(activation.phi(3.0 * z), 3.0 * activation.phi(z))
 
 
+@pytest.mark.float64
 def test_the_promise_holds_after_optimiser_steps():
     built = model(5.0)
     optimiser = torch.optim.SGD(built.parameters(), lr=10.0)
@@ -267,6 +275,7 @@ def test_an_unconstrained_model_that_has_no_equilibrium_says_so():
         built(torch.zeros(2, 3))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_deepcopy_pickle_state_dict_and_to(variant):
     built, u = model(**VARIANTS[variant]), torch.randn(3, 3)
@@ -279,6 +288,7 @@ def test_deepcopy_pickle_state_dict_and_to(variant):
     assert built.float().double()(u).dtype == torch.float64
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("no_D", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchidl_state_dicts_load_as_they_are(bias, no_D):
@@ -355,6 +365,7 @@ def swapped():
     ImplicitModel(300, 3072, 10)(torch.zeros(2, 3, 32, 32))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("call", "message"),
     [

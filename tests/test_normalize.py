@@ -44,6 +44,7 @@ def steps(layer: nn.Module, inputs: torch.Tensor):
 
 
 class TestSpectralNorm:
+    @pytest.mark.float64
     def test_a_linear_layer_keeps_the_exact_bound_after_every_step(self):
         layer = parametrize.register_parametrization(nn.Linear(12, 7), "weight", SpectralNorm(kappa=0.9))
         for weight in steps(layer, torch.randn(5, 12)):
@@ -68,6 +69,7 @@ class TestSpectralNorm:
         for weight in steps(layer, torch.randn(2, 4, 6, 7)):
             assert norm(padded(layer, weight), (4, 6, 7)) <= 0.9 * (1 + 1e-13)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", [(4, 4), (5, 6), (7, 3)])
     @pytest.mark.parametrize(("mode", "upper"), [("zeros", 1.35), ("circular", 1.0)])
     def test_with_a_size_it_is_the_norm_of_the_operator_or_close_above(self, mode, upper, size):
@@ -91,6 +93,7 @@ class TestSpectralNorm:
         raw /= 2 * torch.linalg.matrix_norm(raw, 2)
         assert torch.equal(SpectralNorm(kappa=0.9)(raw), raw)
 
+    @pytest.mark.float64
     def test_the_radius_is_kappa_over_the_slope(self):
         W = SpectralNorm(kappa=0.9, lipschitz=1.1)(10 * torch.randn(5, 5))
         assert abs(float(torch.linalg.matrix_norm(W, 2)) - 0.9 / 1.1) < 1e-12
@@ -104,6 +107,7 @@ class TestSpectralNorm:
         slack = 1 + 10 * max(rows, columns) * torch.finfo(dtype).eps
         assert float(torch.linalg.matrix_norm(W.double(), 2)) <= 0.9 * slack
 
+    @pytest.mark.float64
     def test_gradients_of_kernels(self):
         raw = torch.randn(2, 2, 3, 3, requires_grad=True)
         for constraint in (SpectralNorm(kappa=0.9), SpectralNorm(kappa=0.9, size=(4, 5))):
@@ -125,6 +129,7 @@ class TestSpectralNorm:
 
 
 class TestWeightNorm:
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", [0.05, 0.5, 15.6])
     def test_as_a_constraint(self, size):
         check_constraint(WeightNorm(bound=2.0), (torch.randn(6, 4) * size, torch.randn(6, 1)))
@@ -151,6 +156,7 @@ class TestWeightNorm:
         parametrize.register_parametrization(layer, "weight", WeightNorm(bound=1.0))
         assert torch.allclose(layer.weight, torch.tensor([[0.54, 0.72], [0.3, 0.4]]))
 
+    @pytest.mark.float64
     def test_length_and_direction_are_learned_apart(self):
         v, g = torch.randn(3, 5, requires_grad=True), torch.randn(3, 1)
         W = WeightNorm(bound=1.0)(v, g)
