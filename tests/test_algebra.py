@@ -76,6 +76,7 @@ def test_direct_sum(seed, shapes, layout):
     assert close(tight(direct_sum(*models), torch.cat(parts, 1)), expected)
 
 
+@pytest.mark.float64
 @laws
 @given(seeds, sizes, sizes, sizes, sizes, layouts)
 def test_affine_maps_before_and_after(seed, outside, p, q, result, layout):
@@ -95,6 +96,7 @@ def test_an_output_activation(seed, p, q, layout):
     assert close(tight(activate(model, TANH), u), torch.tanh(tight(model, u)))
 
 
+@pytest.mark.float64
 @laws
 @given(seeds, sizes, sizes, layouts)
 def test_residual_connections(seed, p, q, layout):
@@ -123,6 +125,7 @@ def test_self_feedback_is_the_outer_fixed_point(seed, p, q, layout):
     assert close(tight(closed, u), expected)
 
 
+@pytest.mark.float64
 @settings(max_examples=15, deadline=None)
 @given(seeds, sizes, sizes, layouts, layouts)
 def test_feedback_is_the_outer_fixed_point(seed, p, q, one, other):
@@ -184,6 +187,7 @@ def scalar(a=0.0, b=1.0, c=1.0, d=0.0, kind=RELU):
     return StateSpace(*(torch.tensor([[value]]) for value in (a, b, c, d)), blocks=kind)
 
 
+@pytest.mark.float64
 def test_a_loop_that_is_not_known_to_be_well_posed_is_refused_with_its_number():
     forward, backward = scalar(0.5), scalar(0.0, 1.0, 0.7)
     # A = [[0.5, 0.7], [1, 0]]: λ = (0.5 + √(0.25 + 2.8)) / 2
@@ -205,6 +209,7 @@ def test_a_steep_activation_counts_with_its_slope():
     assert loop_gain(scalar(kind=unbounded) @ scalar()) == 0.0
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("call", "message"),
     [

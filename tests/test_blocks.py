@@ -50,6 +50,7 @@ class TestResidualBlock:
 
 
 class TestTanhBlock:
+    @pytest.mark.float64
     def test_its_closed_form_is_the_same_map_and_has_the_same_solution_and_gradient(self):
         f, u = TanhBlock(6), torch.randn(4, 6, requires_grad=True)
         with torch.no_grad():

@@ -64,6 +64,7 @@ def trained(how: str) -> ImplicitModel:
 
 
 class TestLoss:
+    @pytest.mark.float64
     @pytest.mark.parametrize("phi", [RELU, TANH])
     @pytest.mark.parametrize("shares", [{}, {"clean": (0.0, 0.3)}, {"crown": (0.0, 0.5)}, {"crown": (1.0, 1.0)}])
     def test_gradients_are_exact(self, phi, shares):
@@ -79,6 +80,7 @@ class TestLoss:
 
         assert torch.autograd.gradcheck(of, tuple(part.requires_grad_() for part in parts))
 
+    @pytest.mark.float64
     def test_it_is_the_cross_entropy_of_the_certified_margins(self):
         model = trained("certified")
         _, _, u, labels = digits()
@@ -109,6 +111,7 @@ class TestLoss:
 
 
 class TestTrained:
+    @pytest.mark.float64
     @pytest.mark.parametrize("method", [Sensitivity(), Interval(), Crown(rounds=1), Crown(steps=3)])
     def test_10000_random_perturbations(self, method):
         model = trained("certified").statespace().detach()
@@ -147,6 +150,7 @@ class TestTrained:
 
 
 class TestAttack:
+    @pytest.mark.float64
     def test_it_finds_the_corner_of_a_linear_model(self):
         D = torch.randn(3, 6)
         u, labels = torch.rand(5, 6), torch.randint(3, (5,))
@@ -158,6 +162,7 @@ class TestAttack:
         assert (found <= margin + 1e-12).all()
         assert (found >= margin - 1e-12).sum() >= 4
 
+    @pytest.mark.float64
     def test_it_stays_in_ball_and_domain_and_never_helps(self):
         model = trained("standard")
         _, _, u, labels = digits()

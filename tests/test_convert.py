@@ -111,6 +111,7 @@ class Stepping(nn.Module):
 # ---- networks
 
 
+@pytest.mark.float64
 def test_mlp():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Sigmoid(), nn.Identity(), nn.Linear(5, 3))
     space = same(net, 4)
@@ -120,6 +121,7 @@ def test_mlp():
     assert torch.equal(space.C.to_dense()[:, :5], net[5].weight)
 
 
+@pytest.mark.float64
 def test_lenet_with_batch_norm_and_max_pool():
     space = same(settled(lenet()), 1, 10, 10)
     assert substituted(space)
@@ -133,6 +135,7 @@ def test_lenet_with_batch_norm_and_max_pool():
     assert loop_gain(space) == 0
 
 
+@pytest.mark.float64
 def test_residual_net():
     net = settled(nn.Sequential(
         nn.Conv2d(3, 4, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Block(4, 4, 1), Block(4, 6, 2),
@@ -154,10 +157,12 @@ class Mixed(nn.Module):
         return torch.cat((h.mean((2, 3)), torch.tanh(h)[:, :, 1, -1], h.view(h.size(0), -1)), 1)
 
 
+@pytest.mark.float64
 def test_residuals_and_concatenations():
     assert substituted(same(Mixed(), 2, 4, 5))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "options",
     [{}, {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}, {"bias": False, "num_layers": 2}],
@@ -172,10 +177,12 @@ def test_unrolled_rnn(options):
     assert substituted(space)
 
 
+@pytest.mark.float64
 def test_recurrence_written_out():
     assert same(Stepping(), 5, 3).n == 20
 
 
+@pytest.mark.float64
 def test_implicit_model_inside():
     implicit = ImplicitModel(6, 4, 5, bias=True, tol=1e-13)
     with torch.no_grad():
@@ -187,12 +194,14 @@ def test_implicit_model_inside():
     assert loop_gain(space) < 1
 
 
+@pytest.mark.float64
 def test_a_module_that_is_a_leaf_itself():
     same(nn.Linear(3, 2), 3)
     same(settled(nn.BatchNorm1d(3)), 3)
     same(ImplicitModel(3, 2, 4, tol=1e-13), 3)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("build", "side"),
     [
@@ -208,6 +217,7 @@ def test_small_networks_of_torchvision(build, side):
     assert substituted(same(settled(build(models)), 3, side, side))
 
 
+@pytest.mark.float64
 @pytest.mark.long
 def test_resnet18():
     import_torchvision()
@@ -224,6 +234,7 @@ def test_resnet18():
 OPTION = st.integers(1, 3)
 
 
+@pytest.mark.float64
 @settings(deadline=None, max_examples=25)
 @given(seeds, st.lists(st.tuples(OPTION, OPTION, st.integers(0, 2), OPTION), min_size=1, max_size=2), OPTION, OPTION,
        OPTION, st.booleans(), st.integers(4, 7), st.sampled_from(["zeros", "circular", "replicate", "reflect"]))  # fmt: skip
@@ -238,6 +249,7 @@ def test_convolutions(seed, axes, groups, inside, out, bias, side, mode):
     same(net, groups * inside, *[side + k for k in range(len(axes))])
 
 
+@pytest.mark.float64
 @settings(deadline=None, max_examples=15)
 @given(seeds, st.integers(1, 2), st.integers(1, 4), OPTION, st.integers(0, 2), st.integers(1, 2), st.booleans(),
        st.booleans(), st.integers(5, 8))  # fmt: skip
@@ -252,6 +264,7 @@ def test_poolings(seed, dims, kernel, stride, padding, dilation, ceil_mode, coun
         same(net, 2, *sizes)
 
 
+@pytest.mark.float64
 def test_a_window_of_k_entries_costs_k_minus_1_states():
     assert same(nn.MaxPool2d(2), 1, 2, 2).sizes == (1, 2)
     assert same(nn.MaxPool2d((3, 5)), 2, 3, 5).sizes == (2, 4, 8, 14)
@@ -291,6 +304,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # with an odd total, which is the point
 @pytest.mark.parametrize("net", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_functions(net):
@@ -325,6 +339,7 @@ class Rounded(nn.Module):
         return x * (0.1 if isinstance(x, torch.Tensor) else float(torch.tensor(0.1, dtype=torch.float32)))
 
 
+@pytest.mark.float64
 def test_a_function_that_is_off_by_the_rounding_of_float32_is_refused():
     with pytest.raises(ArgumentError, match=r"got outputs that differ by \d\.\d*e-0[89]"):
         from_module(Rounded(), torch.randn(4, 6))
@@ -333,6 +348,7 @@ def test_a_function_that_is_off_by_the_rounding_of_float32_is_refused():
 # ---- what the model is
 
 
+@pytest.mark.float64
 def test_algebra_composes_with_it():
     f = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten())
     g = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -342,6 +358,7 @@ def test_algebra_composes_with_it():
     assert both.sizes == from_module(nn.Sequential(f, g), u).sizes
 
 
+@pytest.mark.float64
 def test_gradients_reach_the_parameters_and_the_input():
     net, u = settled(lenet()), torch.randn(2, 1, 10, 10, requires_grad=True)
     weights = [*net.parameters(), u]
@@ -352,6 +369,7 @@ def test_gradients_reach_the_parameters_and_the_input():
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.float64
 def test_the_matrices_are_copies_and_the_module_is_left_alone():
     net = settled(lenet())
     before, names = {k: v.clone() for k, v in net.state_dict().items()}, set(vars(net))
@@ -373,6 +391,7 @@ def test_float32():
     assert torch.allclose(space(u), net(u), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.float64
 def test_compressing_ordinary_layers_with_implicit_ones():
     stack = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), ImplicitModel(4, 5, 6, tol=1e-13), nn.ReLU(), nn.Linear(5, 2))
     one, u = compress(stack), torch.randn(7, 3)
@@ -456,6 +475,7 @@ def math_of(x):
     return float(x.sum())
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("net", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_has_no_form_is_named(net, message):
     with pytest.raises(ArgumentError, match=message):
@@ -468,6 +488,7 @@ def test_example_input_is_checked(u):
         from_module(nn.Linear(3, 2), u)
 
 
+@pytest.mark.float64
 def test_an_example_that_the_module_does_not_take():
     with pytest.raises(
         ArgumentError, match=r"a module that takes inputs of shape \(2, 5\), got one that does not \(mat1"

@@ -469,6 +469,7 @@ def test_spiky_windows_end_where_their_targets_begin() -> None:
         assert y[start] == whole[start + 5]
 
 
+@pytest.mark.float64
 def test_spiky_is_a_sine_outside_and_fast_sines_inside_its_stretches() -> None:
     x = torch.linspace(0, 100, 2000)
     fast = 3.5 * sum((f * x).sin() for f in (2, 23, 78, 100))
@@ -479,6 +480,7 @@ def test_spiky_is_a_sine_outside_and_fast_sines_inside_its_stretches() -> None:
     assert 90 <= (~calm).sum() <= 428
 
 
+@pytest.mark.float64
 def test_spiky_noise_and_level() -> None:
     x = torch.linspace(0, 100, 10_000)
     calm = series(spiky(spikes=0)) - x.sin()
@@ -538,6 +540,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.float64
 @settings(max_examples=40, deadline=None)
 @given(
     task=st.sampled_from(sorted(OPERATIONS)),
@@ -584,6 +587,7 @@ def test_drawn_slices_are_two_intervals(seed: int) -> None:
     assert 1 <= rises <= 2
 
 
+@pytest.mark.float64
 def test_arithmetic_follows_its_seed_and_the_default_dtype() -> None:
     before = torch.get_rng_state()
     first = arithmetic(samples=10, seed=4)

@@ -59,6 +59,7 @@ NOISE = {
 
 
 class TestNoise:
+    @pytest.mark.float64
     @pytest.mark.parametrize("noise", NOISE)
     def test_one_draw_a_solve(self, noise):
         deq, u = DEQ(Noisy(NOISE[noise]())), torch.randn(6, 4)
@@ -70,6 +71,7 @@ class TestNoise:
         assert torch.equal(torch.get_rng_state(), after), "a solve must leave the stream where one evaluation does"
         assert not torch.allclose(deq(u), x)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("adjoint", EXACT, ids=repr)
     @pytest.mark.parametrize("noise", ["dropout", "functional"])
     def test_the_gradient_is_that_of_the_drawn_map(self, noise, adjoint):
@@ -158,6 +160,7 @@ class TestStatistics:
         first, second = (deq.f.linear(deq(torch.randn(8, 4))).detach().mean(dim=0) for _ in range(2))
         assert torch.allclose(deq.f.norm.running_mean, (first + second) / 2, atol=1e-8)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("adjoint", EXACT, ids=repr)
     def test_gradients_with_batch_statistics_are_those_of_the_coupled_map(self, adjoint):
         deq, u = DEQ(Normed(nn.BatchNorm1d(4)), adjoint=adjoint, solver=Picard()), torch.randn(5, 4, requires_grad=True)
@@ -261,6 +264,7 @@ class TestStatistics:
             deq(torch.randn(8, 4))
         assert int(deq.f.norm.num_batches_tracked) == 0
 
+    @pytest.mark.float64
     def test_intermediate_iterates_make_no_update_of_their_own(self):
         deq, u = DEQ(Normed(nn.BatchNorm1d(4)), solver=Picard()), torch.randn(8, 4)
         solution, (third, late) = deq.iterates(u, at=(3, 5000))
@@ -273,6 +277,7 @@ class TestStatistics:
             x = deq.f(x, u)
         assert torch.allclose(third, x)
 
+    @pytest.mark.float64
     def test_intermediate_iterates_share_the_draw_of_the_solution(self):
         deq, u = DEQ(Noisy(nn.Dropout(0.5))), torch.randn(8, 4)
         solution, (late,) = deq.iterates(u, at=(5000,))
@@ -285,6 +290,7 @@ class TestStatistics:
         root(f, torch.zeros(8, 4), 0 * u, on_failure="ignore")
         assert int(f.norm.num_batches_tracked) == 2
 
+    @pytest.mark.float64
     def test_an_equilibrium_inside_an_equilibrium(self):
         class Outer(nn.Module):
             def __init__(self):

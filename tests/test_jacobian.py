@@ -38,6 +38,7 @@ def padded(A: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class TestSpectralRadius:
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", [20, 150], ids=["formed", "Arnoldi"])
     @pytest.mark.parametrize(
         "A",
@@ -76,6 +77,7 @@ class TestSpectralRadius:
         found = spectral_radius(linear(big), torch.zeros(1, d + 40), rtol=1e-9, dimension=d + 39)
         assert torch.allclose(found.value, radius(A), rtol=1e-5)
 
+    @pytest.mark.float64
     def test_each_sample_has_its_own_jacobian_and_its_batch_does_not_matter(self):
         A, scale = padded(TURN, 150), torch.tensor([[0.1], [1.0], [7.0]])
         x = torch.randn(3, len(A))
@@ -154,6 +156,7 @@ class TestRegularization:
         value = jacobian_regularization(lambda x: scale * x, torch.zeros(2, 3))
         assert torch.allclose(value, scale.square().mean())
 
+    @pytest.mark.float64
     def test_its_gradient_is_right_in_weights_arguments_and_the_point(self):
         def value(weight, x, u):
             f = lambda x, u: torch.tanh(x @ weight + u)  # noqa: E731

@@ -98,6 +98,7 @@ class TestIterates:
             assert Memory.of(x, 32, 2.0, 1.0) is not None
         assert solve(Elementwise(torch.ones(2, 60)), Anderson(memory=40)).all_converged
 
+    @pytest.mark.float64
     def test_where_a_graph_is_built_it_is_left_to_torch(self):
         b = torch.full((2, 3), 0.3, requires_grad=True)
         x = fixed_point(
@@ -146,6 +147,7 @@ class TestSamplesAlone:
 
         assert torch.equal(solve(Strided(b), Anderson()).x, straight.x)
 
+    @pytest.mark.float64
     def test_values_that_f_overwrites_cost_steps_and_no_digits(self):
         b = torch.linspace(-1, 1, 4 * 50).view(4, 50)
         room = torch.empty_like(b)

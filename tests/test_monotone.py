@@ -84,6 +84,7 @@ class TestTheSet:
         assert Monotone(m=m).contains(A)
         assert lowest(A) >= m - n * torch.finfo(dtype).eps * max(1.0, float(A.abs().max()))
 
+    @pytest.mark.float64
     @settings(max_examples=40, deadline=None)
     @given(st.integers(1, 12), st.integers(0, 12), st.floats(0, 100), st.integers(0, 2**31))
     def test_every_member_has_a_free_matrix_also_on_the_boundary(self, n, rank, turn, seed):
@@ -97,6 +98,7 @@ class TestTheSet:
         assert Monotone(m=0.5).contains(TURN)
         assert Monotone(m=0.5).contains(-1000 * torch.eye(3))
 
+    @pytest.mark.float64
     def test_zero_is_zero_and_small_changes_are_felt_at_first_order(self):
         constraint, raw = Monotone(m=0.3), torch.randn(4, 4)
         assert torch.allclose(constraint(torch.zeros(4, 4)), torch.zeros(4, 4), atol=1e-15)
@@ -129,6 +131,7 @@ class TestDenseModel:
             built.A.mul_(8)
         return built
 
+    @pytest.mark.float64
     def test_plain_iteration_diverges_where_splitting_does_not(self):
         f = Equilibrium(TURN, torch.tensor([[1.0, 20.0], [2.0, 30.0]]))
         with pytest.warns(ImplicitFunctionWarning, match="2 of 2 samples"):
@@ -137,12 +140,14 @@ class TestDenseModel:
             x = fixed_point(f, torch.zeros(2, 2), solver=solver, on_failure="raise").value
             assert torch.allclose(x, torch.relu(x @ TURN.t() + f.b), atol=1e-8)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("activation", [TANH, LEAKY_RELU], ids=lambda a: a.name)
     def test_other_activations(self, activation):
         f = Equilibrium(Monotone(m=0.1)(3 * torch.randn(8, 8)), torch.randn(4, 8), activation)
         x = fixed_point(f, torch.zeros(4, 8), solver=PeacemanRachford(max_steps=5000), on_failure="raise").value
         assert torch.allclose(x, f(x), atol=1e-8)
 
+    @pytest.mark.float64
     def test_the_gradient_is_that_of_the_free_parameters(self):
         model, u = self.model(), torch.randn(2, 3, requires_grad=True)
         names = [name for name, _ in model.named_parameters()]
@@ -152,6 +157,7 @@ class TestDenseModel:
 
         assert torch.autograd.gradcheck(y, (u, *model.parameters()))
 
+    @pytest.mark.float64
     def test_steps_of_any_size_stay_in_the_set_and_every_solve_converges(self):
         model = self.model(PATIENT)
         optimiser = torch.optim.SGD(model.parameters(), lr=3.0)
@@ -192,6 +198,7 @@ class TestDenseModel:
 
 
 class TestCircularConvolution:
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("taps", [(1, 1), (3, 3), (5, 3), (2, 4)])
     def test_it_is_the_convolution_with_its_adjoint_resolvent_and_bounds(self, size, taps):
@@ -232,6 +239,7 @@ def equilibrium(scale: float = 1.0, size: tuple[int, int] = (4, 5), batch: int =
     return CircularEquilibrium(CircularConvolution.of(kernel, size, m=0.2), torch.randn(batch, 2, *size))
 
 
+@pytest.mark.float64
 class TestCircularEquilibrium:
     def test_plain_iteration_diverges_where_splitting_does_not(self):
         f = equilibrium(scale=3.0)
@@ -316,6 +324,7 @@ class TestCircularEquilibrium:
 
 
 class TestConvolutionalSet:
+    @pytest.mark.float64
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("k", [1, 3, 5])
     def test_members_on_every_image_circular_and_zero_padded(self, size, k):
@@ -337,6 +346,7 @@ class TestConvolutionalSet:
         expected = 0.8 * unit - P.t() @ P + Q - Q.t()
         assert torch.allclose(dense(circular(MonotoneKernel(m=0.2)(raw)), 2, size), expected)
 
+    @pytest.mark.float64
     def test_zero_is_zero_and_gradients_are_right(self):
         constraint = MonotoneKernel(m=0.2)
         assert constraint(torch.zeros(2, 2, 2, 3, 3)).abs().max() < 1e-15
@@ -351,6 +361,7 @@ class TestConvolutionalSet:
 
 
 class TestConvolutionalModel:
+    @pytest.mark.float64
     def test_the_block_is_its_equilibrium(self):
         f, u = MonotoneConvBlock(4, m=0.3), torch.randn(2, 4, 5, 6)
         deq = DEQ(f, solver=SPLITTING, on_failure="raise")
@@ -359,6 +370,7 @@ class TestConvolutionalModel:
         kernel = f.constraint(f.raw)
         assert torch.allclose(x, torch.relu(circular(kernel)(x) + u), atol=1e-8)
 
+    @pytest.mark.float64
     def test_steps_of_any_size_stay_in_the_set_at_every_frequency_and_every_solve_converges(self):
         model = MonotoneConvClassifier(
             1, 3, channels=4, m=0.1, halvings=1, cells=2, on_failure="raise",
@@ -473,6 +485,7 @@ def test_lost_weights_are_worded(solver, model, shape):
         model(torch.zeros(shape))
 
 
+@pytest.mark.float64
 def test_a_spectral_ball_trains_too():
     model = ImplicitModel(3, 2, 6, constraint=SpectralNorm(kappa=0.9), on_failure="raise")
     with torch.no_grad():

@@ -36,6 +36,7 @@ def u():
     return torch.randn(3, 4, requires_grad=True)
 
 
+@pytest.mark.float64
 def test_the_default_gradient_is_exact_in_the_input_and_every_weight(u):
     deq = DEQ(Block())
     names = [name for name, _ in deq.named_parameters()]
@@ -46,6 +47,7 @@ def test_the_default_gradient_is_exact_in_the_input_and_every_weight(u):
     assert torch.autograd.gradcheck(call, (u, *deq.parameters()))
 
 
+@pytest.mark.float64
 def test_the_default_gradient_of_a_convolutional_block_is_exact():
     deq = DEQ(ResidualBlock(2, 2, num_groups=2), solver=Anderson(max_steps=500))
     image = torch.randn(1, 2, 3, 3, requires_grad=True)
@@ -60,10 +62,12 @@ def test_double_backward_is_an_error_at_order_1_and_not_a_wrong_number(u):
         du.pow(2).sum().backward()
 
 
+@pytest.mark.float64
 def test_double_backward_is_exact_at_order_2(u):
     assert torch.autograd.gradgradcheck(DEQ(Block(), adjoint=ImplicitAdjoint(order=2)), u)
 
 
+@pytest.mark.float64
 def test_a_gradient_penalty_trains(u):
     deq = DEQ(Block(), adjoint=ImplicitAdjoint(order=2))
     reference = DEQ(deq.f, solver=Picard(), adjoint=Unrolled())

@@ -21,6 +21,7 @@ def by_hand(cell, x, h):
     return torch.stack(outputs, dim=1), h
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": True}, {"no_D": True}, {"is_low_rank": True, "rank": 2}, {"activation": TANH}],
@@ -36,6 +37,7 @@ def test_equals_the_loop_over_the_model(options):
         assert torch.allclose(h, last, atol=1e-8)
 
 
+@pytest.mark.float64
 def test_gradcheck_through_time():
     rnn = ImplicitRNN(**SIZES, output_dim=2, bias=True)
     names = [name for name, _ in rnn.named_parameters()]
@@ -74,6 +76,7 @@ def test_going_on_from_a_state_equals_one_run():
     assert torch.allclose(rnn(x), whole[:, -1])
 
 
+@pytest.mark.float64
 def test_the_previous_step_warm_starts_the_next():
     cell = ImplicitRNNCell(**SIZES, activation=TANH, solver=Picard(rtol=1e-6))
     with torch.no_grad():

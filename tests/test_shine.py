@@ -64,6 +64,7 @@ def test_it_is_closer_than_the_jacobian_free_gradient_where_the_solver_had_to_le
     assert cosine(shine, exact) > 0.9
 
 
+@pytest.mark.float64
 def test_in_one_dimension_it_is_exact():
     b = torch.tensor([[2.0], [3.0]], requires_grad=True)
     x = fixed_point(lambda x, b: 0.5 * torch.sin(x) + b, torch.zeros(2, 1), b, solver=Broyden(), adjoint=SHINE()).value
@@ -129,6 +130,7 @@ def test_without_refinement_backward_is_one_product_with_the_jacobian(problem):
     assert x.backward.steps is None
 
 
+@pytest.mark.float64
 def test_cotangents_of_any_size(problem):
     g = torch.randn(BATCH, N)
     one = gradient(problem, SHINE(fallback=2.0), g)

@@ -121,6 +121,7 @@ def test_a_sample_does_not_depend_on_its_batch(seed):
         assert torch.allclose(alone.value[0], whole.value[i], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("layout", [StateSpace.to_dense, StateSpace.to_sparse])
 def test_a_network_is_one_pass_in_any_order_of_its_blocks(layout):
     space, forward, u = network()
@@ -187,6 +188,7 @@ def test_the_reported_residual_bounds_that_of_the_whole_state(seed):
     assert (measured <= solution.residual * (1 + 1e-9) + 1e-14).all()
 
 
+@pytest.mark.float64
 def test_an_overflow_in_a_network_is_reported():
     square = Activation("square", lambda z: z * z, lambda z: 2 * z, (-float("inf"), float("inf")))
     space, _, u = network(kinds=(square, square, square))
@@ -246,6 +248,7 @@ def test_a_second_backward_through_the_same_model(layout):
 # ---- ImplicitModel
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("variant", MODELS)
 def test_a_model_and_its_matrices_agree(variant):
     model, u = built(**MODELS[variant]), torch.randn(6, 3)
@@ -263,6 +266,7 @@ def test_gradients_reach_the_free_parameters(variant):
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(direct, through, strict=True))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("variant", MODELS)
 def test_round_trip_through_the_matrices(variant):
     model, u = built(**MODELS[variant]), torch.randn(6, 3)
@@ -298,6 +302,7 @@ def stack(**options):
     return nn.Sequential(*(ImplicitModel(p, q, n, bias=True, **options) for p, q, n in sizes))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("options", "constraint"),
     [({}, "RowScaling"), ({"f": ImplicitFunctionTriu}, "StrictlyUpper"), ({"activation": SIGMOID}, "RowScaling")],
@@ -313,6 +318,7 @@ def test_compressing_a_stack(options, constraint):
     assert close(one(u), models(u), atol=1e-8)
 
 
+@pytest.mark.float64
 def test_compressing_on_the_boundary_of_the_ball_and_without_homogeneity():
     models, u = stack(activation=TANH), torch.randn(6, 3)
     with torch.no_grad():
@@ -352,6 +358,7 @@ def test_csr_is_taken_and_images_are_flattened():
     assert close(other(u.view(5, 1, 2, 2)), space(u), atol=1e-9)
 
 
+@pytest.mark.float64
 def test_a_long_chain_of_blocks():
     # Longer than Python's recursion limit: one state a block.
     n = 1500
@@ -397,6 +404,7 @@ def test_partition_undoes_assemble(seed):
 EYE = torch.eye(2, dtype=torch.float64)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("call", "message"),
     [
