@@ -23,7 +23,6 @@ from implicitdl.constraints import RowProjection
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     # Both are torch's own: the first on its way to trace a Function, the second wherever a graph ends in a tensor
     # that has a graph of autograd's.
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning"),

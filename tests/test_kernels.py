@@ -40,8 +40,6 @@ pytestmark = [
 PHI = [RELU, LEAKY_RELU, IDENTITY, HARDTANH]
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-10}
 BOTH = pytest.mark.parametrize("dtype", RTOL, ids=str)
-# torch's own, on the first use of its forward mode.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 by_name = pytest.mark.parametrize("phi", PHI, ids=lambda phi: phi.name)
 
 
@@ -464,7 +462,6 @@ class TestGradients:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
     @pytest.mark.float64
-    @forward_mode
     def test_torch_func_goes_its_own_way(self):
         A, b = (t.detach() for t in self.tensors())
         total = lambda A, b: value(A, b).pow(2).sum()  # noqa: E731
@@ -657,7 +654,6 @@ class TestRowScaling:
     def test_second_derivatives(self):
         assert gradgradcheck(RowScaling(kappa=0.5), torch.randn(4, 5).requires_grad_())
 
-    @forward_mode
     def test_many_cotangents_and_dual_ones(self):
         raw = torch.randn(4, 5).requires_grad_()
         A, G = RowScaling(kappa=0.5)(raw), torch.randn(3, 4, 5)

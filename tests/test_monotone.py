@@ -294,7 +294,7 @@ class TestCircularEquilibrium:
         one = at.tangent_map(h).take(torch.tensor([1]))
         assert torch.allclose(one(found.x[1:2]), found.x[1:2], atol=1e-7)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+    @pytest.mark.float64
     def test_transforms_of_torch_func(self):
         kernel, b = 0.1 * torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 4)
 

@@ -44,9 +44,6 @@ from implicitdl.solvers.broyden import Broyden
 from implicitdl.solvers.newton import Newton
 from implicitdl.solvers.splitting import PeacemanRachford
 
-# torch's own, on the first use of its forward mode.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-
 
 @dataclass(frozen=True)
 class Case:

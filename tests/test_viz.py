@@ -218,6 +218,7 @@ class TestResiduals:
         assert np.isfinite([low, median, high]).all()
         assert median[1] == pytest.approx(0.25)
 
+    @pytest.mark.float64
     def test_histories_of_a_real_solve_end_below_the_tolerance(self, model):
         u, y = torch.randn(20, 5), torch.randint(2, (20,))
         solution = model.solve(u, trace=True)
@@ -346,6 +347,7 @@ def test_pyplot_is_never_imported(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "spy.png")], check=True, timeout=120)
 
 
+@pytest.mark.float64
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'implicitdl\[plots\]'"):
