@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from .outcome import Outcome, Results
 from .rowmap import RowMap
 from .solvers.base import Solver
 from .stage import Stage
-from .units import in_units
 
 
 def iterate(
@@ -23,9 +20,6 @@ def iterate(
     """Solve x = f(x) for every row of x, each to the solver's tolerance or to its best iterate.
 
     Without an x the start is f(0), of an `Equilibrium` or its adjoint.  ``swept`` is the first stage, if it has been.
-
-    Methods multiply differences with each other.  Samples for which the dtype does not hold such products leave for
-    another round, in units of their own size; every round costs an evaluation, so the budget ends them.
     """
     if swept is None and not (trace or keep_inverse or torch.is_grad_enabled()):
         swept = solver.first_stage(f, x)
@@ -40,15 +34,8 @@ def iterate(
         x, rows = results.take_over(x, swept)
     best_x = x
     with np.errstate(all="ignore"):  # a diverging sample is reported by its residual
-        while True:
-            for method in stages:
-                x, best_x, rows = Stage(f, x, best_x, rows, method, results).run()
-                if not rows.size:
-                    break
-            rows = results.take_outside()
+        for method in stages:
+            x, best_x, rows = Stage(f, x, best_x, rows, method, results).run()
             if not rows.size:
-                return results.outcome()
-            f, x, best_x = in_units(f, x, best_x, rows)
-            # Where it still matters in these units the sample is within it; the loop goes on testing it.
-            solver = replace(solver, atol=0.0) if solver.atol else solver
-            stages = solver.stages(f)
+                break
+    return results.outcome()

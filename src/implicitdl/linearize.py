@@ -35,6 +35,7 @@ class _AutogradLinearization:
         self._x = _Source.apply(x.detach().requires_grad_())
         self.value = f(self._x)
         self._f = f
+        self.parts = getattr(f, "parts", None)
         # Products are asked for in backward, outside of the user's autocast region.
         self.precision = autocast_dtype(x.device)
         self._autocast = partial(torch.autocast, x.device.type, self.precision, self.precision is not None)
@@ -90,6 +91,7 @@ class _LinearMap:
     ) -> None:
         self._at, self._product, self._g = at, product, g
         self.precision = at.precision
+        self.parts = at.parts
 
     def __call__(self, v: Tensor) -> Tensor:
         return self._g + self._product(self._at, v)

@@ -12,7 +12,7 @@ from .indexing import on_device
 from .kernels import sweeps as kernel
 from .kernels.sweeps import Swept
 from .rowmap import RowMap
-from .solution import Figures, Measured
+from .solution import Figures, Measured, Status
 from .solvers.base import Solver
 from .solvers.inverse import InverseEstimate
 
@@ -50,7 +50,10 @@ class Outcome:
         """The figures of the one row that holds a coupled batch, as those of every sample in it."""
         one = self.figures
         trace = None if one.trace is None else one.trace.expand(-1, samples)
-        each = Measured(one.residual.expand(samples), one.steps.expand(samples), one.converged.expand(samples), trace)
+        status = None if one.status is None else one.status.expand(samples)
+        each = Measured(
+            one.residual.expand(samples), one.steps.expand(samples), one.converged.expand(samples), trace, status
+        )
         return replace(self, figures=each)
 
 
@@ -65,9 +68,8 @@ class Results:
         self.set_tolerance(x.dtype)
         self.residual = np.full(batch, np.inf)
         self.steps = np.zeros(batch, dtype=np.int64)
-        self.converged = np.zeros(batch, dtype=bool)
-        self.outside = np.zeros(batch, dtype=bool)  # whose products the dtype does not hold
-        self.first_size: np.ndarray | None = None
+        self.status = np.full(batch, Status.OUT_OF_STEPS, dtype=np.int8)
+        self.first_size: np.ndarray | None = None  # (parts, batch)
         self.trace = np.full((solver.max_steps, batch), np.nan) if trace else None
         # Groups of finished rows: their numbers in the batch, in the tensor that holds their values, and the tensor.
         self._finished: list[tuple[np.ndarray, np.ndarray | None, Tensor]] = []
@@ -78,11 +80,6 @@ class Results:
         """That of values of this dtype, or the coarser one of the precision that they are computed in."""
         own = self.solver.tolerance(dtype)
         self.rtol = own if self.precision is None else max(own, self.solver.tolerance(self.precision))
-
-    def take_outside(self) -> np.ndarray:
-        rows = self.outside.nonzero()[0]
-        self.outside[:] = False
-        return rows
 
     def finish(self, rows: np.ndarray, which: np.ndarray, x: Tensor, residual: np.ndarray) -> None:
         """Store the value and the residual of those of ``rows`` that ``which`` marks."""
@@ -102,7 +99,7 @@ class Results:
         status, rows = swept.figures.status(), np.arange(len(self.residual))
         done = status == kernel.DONE
         self.steps = swept.figures.steps.numpy()
-        self.converged = done
+        self.status[done] = Status.CONVERGED
         if done.any():
             self.finish(rows, done, swept.x, swept.figures.residual.numpy())
         return torch.where(on_device((status == kernel.SLOW)[:, None], x), swept.x, x), rows[~done]
@@ -123,13 +120,14 @@ class Results:
         measured = Measured(
             residual=on_device(self.residual.astype(precision), x),
             steps=on_device(self.steps, x),
-            converged=on_device(self.converged, x),
+            converged=on_device(self.status == Status.CONVERGED, x),
             trace=None if trace is None else on_device(trace.astype(precision), x),
+            status=on_device(self.status, x),
         )
         return Outcome(
             x=x,
             figures=measured,
-            all_converged=bool(self.converged.all()),
+            all_converged=bool((self.status == Status.CONVERGED).all()),
             rtol=self.rtol,
             inverse=InverseEstimate.merged(len(self.residual), self._inverses) if self._inverses else None,
             apart=len(self._finished) > 1,

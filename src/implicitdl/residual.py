@@ -1,4 +1,4 @@
-"""The relative residual, by which a sample is done, and the cases in which a ratio of norms says nothing."""
+"""The relative residual, by which a sample is done, and what a small one does not show."""
 
 from __future__ import annotations
 
@@ -11,86 +11,126 @@ from torch import Tensor
 from .indexing import on_host, select
 from .kernels import rows as kernel
 from .rowmap import RowMap
-from .units import InUnits
 
 # Norms from here on have squares that are neither zero nor without digits.
-_SMALLEST = {
-    np.dtype(kind): float(np.sqrt(np.finfo(kind).tiny)) / np.finfo(kind).eps for kind in (np.float32, np.float64)
-}
+_SMALLEST = {kind: torch.finfo(kind).tiny ** 0.5 / torch.finfo(kind).eps for kind in (torch.float32, torch.float64)}
 
 
 class Residual:
     """‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) per row, at least in float32; inf where f(x) is not finite.
 
-    A row that has grown until its tolerance exceeds every step it took, while its steps do not become shorter as far
-    as rounding tells, shows nothing by being within it, as x + 1 does for large x.  Its residual is 1.  One that
-    vanishes beside its first ‖f(x)‖ goes to 0, where there is nothing to be relative to.  Its residual is relative to
-    that first size.
+    Of a state in parts it is the largest of theirs, so that no part hides behind a larger one.
+
+    A state that grows for ever has a small residual some time, as that of √(x² + 1) or of x + 1 has, where ‖x‖ has
+    become large and not where a solution is near.  Where a row has grown, it must be near one too: with the last step
+    s and the change y of f(x) − x on it, a solution is about ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of
+    the state's size.  The residual of a row that fails is this distance relative to the size, and 1 at most.
 
     Arguments:
-        f: the map, for the units of its states.
-        first_size: ‖f(x)‖ at the very first look, where there has been one.
+        first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
 
     Attributes:
-        outside: after a look, which rows were out of the range of their dtype's products; None if none were.
+        vanishing: (parts, batch)  after a look, which parts have become so small that 0 may be the solution.
     """
 
-    def __init__(self, f: RowMap, first_size: np.ndarray | None) -> None:
+    def __init__(self, first_size: np.ndarray | None) -> None:
         self.first_size = first_size
-        if first_size is not None and isinstance(f, InUnits):
-            self.first_size = first_size / on_host(f.unit)
-        self.outside: np.ndarray | None = None
-        self._largest: np.ndarray | None = None  # ‖f(x) − x‖ at any look
+        self.vanishing: np.ndarray | None = None
+        self._most: np.ndarray | None = None  # (parts, batch)  ‖f(x) − x‖ at any look
+        self._peak: np.ndarray | None = None  # (parts, batch)  ‖f(x)‖ at any look, since 0 was last tried
+        self._away: np.ndarray | None = None  # (batch,)  whether the row runs away, at the last look that was finite
         self._difference: Tensor | None = None
 
+    def begin(self, f: RowMap, fx: Tensor) -> None:
+        """Note the size of the first f(x), where it is not looked at."""
+        if self.first_size is None:
+            fx = measurable(f, fx)
+            sizes = [on_host(torch.linalg.vector_norm(part, dim=1)) for part in parts_of(f, fx)]
+            self.first_size = np.stack(sizes)
+
     def __call__(
-        self, f: RowMap, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float
-    ) -> np.ndarray:
-        """At x, with f(x), and ‖f(x) − x‖ and ‖f(x)‖ where somebody knows them."""
-        dtype, observed = fx.dtype, getattr(f, "observed", None)
-        if observed is not None:
-            x, fx = observed(x), observed(fx)
-        if fx.requires_grad:
-            x, fx = x.detach(), fx.detach()
-        if fx.dtype in (torch.bfloat16, torch.float16):
-            x, fx = x.float(), fx.float()
-        change, size = (norm.cpu().numpy() for norm in norms or self._norms(x, fx))
-        floor: Any = atol / rtol
-        if floor and isinstance(f, InUnits):
-            floor = floor / on_host(f.unit)
-        residual: np.ndarray = change / (size + floor if floor else size)
-        smallest = _SMALLEST[size.dtype]
-        self.outside = extreme = None
+        self, f: RowMap, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """At x, with f(x), and ‖f(x) − x‖ and ‖f(x)‖ where somebody knows them.
+
+        Arguments:
+            before: x and f(x) of the evaluation before, if there was one.
+            exact: x was found without iteration, and its growth shows nothing.
+        """
+        dtype, floor = fx.dtype, atol / rtol
+        x, fx = measurable(f, x), measurable(f, fx)
+        xs, values = parts_of(f, x), parts_of(f, fx)
+        figures = [norms or self._norms(*pair) for pair in zip(xs, values, strict=True)]
+        change, size = (np.stack([part[i].double().cpu().numpy() for part in figures]) for i in (0, 1))
+        relative = change / (size + floor)
+        smallest = _SMALLEST[fx.dtype]
+        # Norms may have overflowed in the dtype of the state.
         if not (size.min() > smallest and (size + change).max() < np.inf):
             extreme = ~((size > smallest) & (size + change < np.inf))
-            larger = np.maximum(size, change)
-            outside = extreme & ~((larger > smallest) & (larger < np.inf))
-            floors = floor[extreme] if isinstance(floor, np.ndarray) else floor
-            figures = _scaled_figures(select(x, extreme), select(fx, extreme), floors)
-            residual[extreme], size[extreme], change[extreme] = figures
-            # A subnormal state has lost the digits that other units would show: plain steps, the ones left when every
-            # product is 0, end where its rounding lets them, and no other do.
-            self.outside = outside & (np.maximum(size, change) >= np.finfo(size.dtype).tiny)
+            for part, which in enumerate(extreme):
+                if which.any():
+                    scaled = _scaled_figures(select(xs[part], which), select(values[part], which), floor)
+                    relative[part, which], size[part, which], change[part, which] = scaled
         if self.first_size is None:
             self.first_size = np.where(size < np.inf, size, 0)
-        elif extreme is not None or isinstance(f, InUnits):
-            vanished = np.maximum(size, change) < np.finfo(size.dtype).eps ** 3 * self.first_size
-            residual[vanished] = change[vanished] / self.first_size[vanished]
-        self._largest = change if self._largest is None else np.maximum(self._largest, change)
-        if residual.min() <= rtol:
-            rounding = 4 * torch.finfo(dtype).eps * size
-            outgrown = (
-                (size > 2 * self.first_size)
-                & (rtol * (size + floor) > self._largest)
-                & (change + rounding > 0.5 * self._largest)
-            )
-            residual[outgrown] = np.maximum(residual[outgrown], 1)
-        return residual
+        if self._most is None or self._peak is None:
+            self._most, self._peak = np.zeros_like(change), self.first_size.copy()
+        finite = change < np.inf
+        self._most = np.where(finite, np.maximum(self._most, change), self._most)
+        self._peak = np.where(finite, np.maximum(self._peak, size), self._peak)
+        self.vanishing = (size <= rtol * self._peak) & (size > 0)
+        away = ((size > 2 * self.first_size) & (2 * change > self._most)).any(axis=0)
+        self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
+        arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
+        if arrived.any() and not exact:
+            for part, which in enumerate(arrived):
+                if which.any():
+                    self._doubt(f, part, which, xs, values, before, change, size, relative, rtol, floor, dtype)
+        return relative[0] if len(relative) == 1 else relative.max(axis=0)
+
+    def _doubt(
+        self, f: RowMap, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
+        before: tuple[Tensor, Tensor] | None, change: np.ndarray, size: np.ndarray, relative: np.ndarray,
+        rtol: float, floor: float, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Raise the residual of grown rows that are within their tolerance and far from a solution."""
+        assert self._most is not None, "seen by the caller"
+        assert self._away is not None, "seen by the caller"
+        change, size, most = change[part, which], size[part, which] + floor, self._most[part, which]
+        eps = torch.finfo(dtype).eps
+        distance = np.full_like(size, np.inf)
+        # Within rounding steps say nothing.  What is left to see is that they were ever longer.
+        silent = np.ones_like(which[which])
+        if before is not None:
+            x, fx = select(xs[part], which), select(values[part], which)
+            x_before, fx_before = (select(parts_of(f, measurable(f, t))[part], which) for t in before)
+            step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
+            bend = on_host(torch.linalg.vector_norm((fx - x) - (fx_before - x_before), dim=1))
+            silent = ~(step > 4 * eps * size)
+            distance = (change + eps * size) * step / bend
+        standing = (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
+        doubtful = np.where(silent, standing, ~(distance <= rtol**0.5 * size))
+        share = np.where(silent, 1.0, np.clip(distance / size, rtol**0.5, 1.0))
+        relative[part, which] = np.where(doubtful, np.maximum(share, 2 * rtol), relative[part, which])
+        self._away[which] |= doubtful
+
+    @property
+    def away(self) -> np.ndarray:
+        """Which rows have grown and take steps as long as ever, or seem to approach a solution at infinity."""
+        assert self._away is not None, "asked after a look"
+        return self._away
+
+    def tried_zero(self, part: int, which: np.ndarray) -> None:
+        """0 is no solution yet of this part: it is tried again when the part has shrunk as much once more."""
+        assert self._peak is not None, "asked after a look"
+        self._peak[part, which] = 0.0
 
     def take(self, live: np.ndarray) -> None:
         """Go on with some of the rows."""
-        self.first_size, self._largest = (
-            None if figures is None else figures[live] for figures in (self.first_size, self._largest)
+        self.first_size, self._most, self._peak, self._away = (
+            None if figures is None else figures[..., live]
+            for figures in (self.first_size, self._most, self._peak, self._away)
         )
 
     def _norms(self, x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +144,26 @@ class Residual:
         return torch.linalg.vector_norm(self._difference, dim=1), torch.linalg.vector_norm(fx, dim=1)
 
 
-def _scaled_figures(x: Tensor, fx: Tensor, floor: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def parts_of(f: Any, x: Tensor) -> list[Tensor]:
+    """Each part of a state, in rows."""
+    parts = getattr(f, "parts", None)
+    return [x] if parts is None else [x[:, columns] for columns in parts]
+
+
+def measurable(f: Any, x: Tensor) -> Tensor:
+    """What the residual is measured on, without a graph, in a dtype that has norms."""
+    observed = getattr(f, "observed", None)
+    x = (x if observed is None else observed(x)).detach()
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _scaled_figures(x: Tensor, fx: Tensor, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residual, ‖f(x)‖ and ‖f(x) − x‖ of rows that are too small or too large to be squared, by their largest entry."""
     x, fx = x.double(), fx.double()
     unit = torch.maximum(fx.abs(), x.abs()).amax(dim=1).clamp(min=torch.finfo(fx.dtype).tiny)
     finite = torch.isfinite(fx).all(dim=1)
     x, fx = x / unit.unsqueeze(1), fx / unit.unsqueeze(1)
     size, change = torch.linalg.vector_norm(fx, dim=1), torch.linalg.vector_norm(fx - x, dim=1)
-    relative_to = size + torch.as_tensor(floor, device=unit.device) / unit
     # Where f(x) is 0 and x is not, the next step may well end: only what is not finite is lost.
-    residual = torch.where(change == 0, 0.0, change / relative_to).clamp(max=torch.finfo(torch.float32).max)
+    residual = torch.where(change == 0, 0.0, change / (size + floor / unit)).clamp(max=torch.finfo(torch.float32).max)
     return on_host(torch.where(finite, residual, torch.inf)), on_host(size * unit), on_host(change * unit)

@@ -14,6 +14,7 @@ class RowMap(Protocol):
 
     #: Evaluations between two looks at the residual.  A look costs about as much as a sweep of a small model.
     check_interval: int
+    # A map of states in parts also has ``parts``, the columns of each; every part meets the tolerance by itself.
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 

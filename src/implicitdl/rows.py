@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any, TypeAlias
 
@@ -94,6 +95,18 @@ class RowsOf:
         like = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
         args = tuple(arg[rows] for arg in self._args)
         return RowsOf(self._who, self._f, like if self._tuple else like[0], args, self.independent, part_of)
+
+    @property
+    def parts(self) -> tuple[slice | Tensor, ...] | None:
+        """The columns of each part of the state; None where it has one."""
+        if len(self._shapes) == 1:
+            return None
+        sizes = [prod(shape) for shape in self._shapes]
+        ends = list(accumulate(sizes))
+        if self.samples is None:
+            return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+        columns = torch.arange(self.samples * ends[-1]).view(self.samples, -1)
+        return tuple(columns[:, end - size : end].flatten() for size, end in zip(sizes, ends, strict=True))
 
     def enter(self, x: State) -> Tensor:
         return self._pack(x if isinstance(x, tuple) else (x,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass, field
+from enum import IntEnum
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -26,6 +27,21 @@ class CoupledRowsWarning(ImplicitFunctionWarning):
 
 class ConvergenceError(RuntimeError):
     """An equilibrium was not found to the tolerance and ``on_failure="raise"`` was asked for."""
+
+
+class Status(IntEnum):
+    """Why the solve of a sample ended."""
+
+    #: Within the tolerance.
+    CONVERGED = 0
+    #: max_steps are spent, and the residual was still falling.
+    OUT_OF_STEPS = 1
+    #: max_steps are spent, and their second half has not halved the residual.
+    STALLED = 2
+    #: The state has grown and its steps do not shorten, or lead to where no solution is.
+    RUNS_AWAY = 3
+    #: f was not finite at the last step.
+    NOT_FINITE = 4
 
 
 class Figures(Protocol):
@@ -52,6 +68,7 @@ class Measured:
     steps: Tensor
     converged: Tensor
     trace: Tensor | None = None
+    status: Tensor | None = None  # (batch,) of `Status`
 
 
 @dataclass(repr=False)
@@ -94,10 +111,10 @@ class Report:
 
     @property
     def residual(self) -> Tensor:
-        """(batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of the value that is returned.
+        """(batch,)  ‖f(x) − x‖₂ / (atol/rtol + ‖f(x)‖₂) of the value that is returned; of several parts, the largest.
 
-        It is inf where f is not finite, and 1 at least where the state has grown until its tolerance exceeds every
-        step it took, and steps do not shorten.
+        It is inf where f is not finite.  Where the state has grown until its tolerance says nothing, it is the
+        estimated distance to a solution relative to the state's size, √rtol at least.
         """
         return self.figures.residual
 
@@ -108,7 +125,7 @@ class Report:
 
     @property
     def converged(self) -> Tensor:
-        """(batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂, that is, whether residual ≤ rtol."""
+        """(batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂ for every part, that is, whether residual ≤ rtol."""
         return self.figures.converged
 
     @property

@@ -18,8 +18,8 @@ from .indexing import on_device, put, select
 from .outcome import Results
 from .residual import Residual
 from .rowmap import RowMap
+from .solution import Status
 from .solvers.base import Solver
-from .units import InUnits
 
 # Finished samples leave the batch when half of it has; for a map that calls itself cheap, only when the numbers that
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.
@@ -48,8 +48,11 @@ class Stage:
         # Row by row: the best iterate so far, its residual, that of the last look, and evaluations of earlier stages.
         self.best_x, self.best = best_x, results.residual.copy()
         self.previous: np.ndarray | None = None
-        self.residual = Residual(f, results.first_size)
+        self.halfway: np.ndarray | None = None  # the best residual when half of the steps were spent
+        self.residual = Residual(results.first_size)
         self.before = results.steps.copy()
+        # x and f(x) of the evaluation before.
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def run(self) -> tuple[Tensor, Tensor, np.ndarray]:
         """The batch's iterates where the next stage should start, its best ones, and the rows that it should take."""
@@ -65,6 +68,8 @@ class Stage:
         self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
         first = _first_look(interval, results.rtol)
+        if first > 1 and results.trace is None:
+            self.residual.begin(self.f, fx)
         while True:
             scheduled = sweep >= first and (sweep - first) % interval == 0
             wanted = scheduled or spent >= self._budget or results.trace is not None
@@ -77,6 +82,7 @@ class Stage:
                 kept = self._drop_finished()
                 if kept is not None:
                     state, fx = method.take(state, kept), fx.index_select(0, kept)
+            self.last = self.x, fx
             self.x, state, extra = method.step(self.f, self.x, fx, state)
             fx = method.evaluate(self.f, self.x, state)
             spent += 1 + extra
@@ -87,10 +93,15 @@ class Stage:
 
         Returns whether any sample has left.
         """
-        results, rows, live = self.results, self.rows, self.live
+        results, rows, were_live = self.results, self.rows, self.live
         residual = self._residual(fx, state)
-        total = self.before + spent
-        if scheduled and self.residual.outside is None and results.trace is None and live.all():
+        vanishing = self.residual.vanishing
+        if scheduled and vanishing is not None and vanishing.any():
+            self._try_zero(residual, vanishing, spent)
+        live, total = self.live, self.before + spent
+        if 2 * spent >= self._budget and self.halfway is None:
+            self.halfway = self.best
+        if scheduled and results.trace is None and live.all():
             if spent < self._budget and self._all_on_their_way(residual, interval):
                 return False
             if residual.max() <= results.rtol:
@@ -103,24 +114,65 @@ class Stage:
         better = due & (residual < self.best)
         self._keep_best(better, residual)
         done = due & (residual <= results.rtol)
-        ended = done | (due & (out_of_steps | ~np.isfinite(residual)))
-        if self.residual.outside is not None:
-            outside = self.residual.outside & due & ~ended
-            self._hand_over(outside, outside, fx, results.outside)
+        lost = due & ~np.isfinite(residual)
+        ended = done | lost | (due & out_of_steps)
         if scheduled:
             if self.previous is not None:
                 slow = self.method.hand_over(residual, self.previous, interval, results.rtol)
                 if slow is not None:
                     # At f(x) where x is the best so far, else at the best.
                     slow = slow & due & self.live & ~ended
-                    self._hand_over(slow, slow & better, fx, self.handed)
+                    self._hand_over(slow, slow & better, fx)
             self.previous = residual
         if ended.any():
-            results.finish(rows, ended, self._in_full(self.best_x), self.best)
-            results.converged[rows] |= done
+            results.finish(rows, ended, self.best_x, self.best)
+            results.status[rows[ended]] = self._why(done, lost)[ended]
             self.live = self.live & ~ended
         results.steps[rows[due]] = total[due]
-        return self.live is not live
+        return self.live is not were_live
+
+    def _why(self, done: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """The `Status` of rows that end here."""
+        away = self.residual.away
+        halfway = self.best if self.halfway is None else self.halfway
+        no_better = np.where(2 * self.best > halfway, Status.STALLED, Status.OUT_OF_STEPS)
+        return np.select(
+            [done, away, lost], [Status.CONVERGED, Status.RUNS_AWAY, Status.NOT_FINITE], no_better
+        )  # fmt: skip
+
+    def _try_zero(self, residual: np.ndarray, vanishing: np.ndarray, spent: int) -> None:
+        """Where parts of a state shrink without end, f itself says whether 0 is the solution that they approach.
+
+        There is nothing that a residual could be relative to.  It costs a row one evaluation each time that a part
+        has shrunk by the tolerance.
+        """
+        results = self.results
+        due = self.live & (residual > results.rtol) & (self.before + spent < results.solver.max_steps)
+        vanishing = vanishing & due
+        which = vanishing.any(axis=0)
+        if not which.any():
+            return
+        f = self.f.take(on_device(which.nonzero()[0], self.x))
+        x = self.x.detach() if f is None else select(self.x.detach(), which)
+        f, kept = (self.f, vanishing) if f is None else (f, vanishing[:, which])
+        trial, parts = x.clone(), getattr(f, "parts", None)
+        for columns, zeros in zip(parts or (slice(None),), kept, strict=True):
+            trial[:, columns] = torch.where(on_device(zeros[:, None], x), 0.0, trial[:, columns])
+        with torch.no_grad():
+            left = Residual(None)(f, trial, f(trial), None, results.rtol, results.solver.atol)
+        if len(left) < len(which):
+            whole = np.full(len(which), np.inf)
+            whole[which], left = left, whole
+            trial = put(self.x, which, trial)
+        self.before = self.before + which
+        found = which & (left <= results.rtol)
+        for part, zeros in enumerate(vanishing):
+            self.residual.tried_zero(part, zeros)
+        if found.any():
+            results.finish(self.rows, found, trial, left)
+            results.status[self.rows[found]] = Status.CONVERGED
+            results.steps[self.rows[found]] = (self.before + spent)[found]
+            self.live = self.live & ~found
 
     def _all_on_their_way(self, residual: np.ndarray, interval: int) -> bool:
         """The commonest look, at a fraction of the price: nobody ends, everybody improves, nobody is slow."""
@@ -137,18 +189,20 @@ class Stage:
     def _all_arrived(self, residual: np.ndarray, total: np.ndarray) -> bool:
         """The commonest last look: everybody is done, and nobody's best iterate is an earlier one, which was not."""
         results, rows = self.results, self.rows
-        results.finish(rows, self.live, self._in_full(self.x), residual)
-        results.converged[rows] = True
+        results.finish(rows, self.live, self.x, residual)
+        results.status[rows] = Status.CONVERGED
         results.steps[rows] = total
         self.live = np.zeros_like(self.live)
         return True
 
     def _residual(self, fx: Tensor, state: Any) -> np.ndarray:
         f, x, results = self.f, self.x, self.results
-        # Of a state that is not what is returned the method knows nothing that counts.
-        plain = not hasattr(f, "observed") and not torch.is_grad_enabled()
+        # Of a state that is not what is returned, and of its parts, the method knows nothing that counts.
+        plain = not hasattr(f, "observed") and getattr(f, "parts", None) is None and not torch.is_grad_enabled()
         norms = self.method.norms(x, fx, state) if plain else None
-        residual = self.residual(f, x, fx, norms, results.rtol, results.solver.atol)
+        residual = self.residual(
+            f, x, fx, norms, results.rtol, results.solver.atol, before=self.last, exact=self.method.exact
+        )
         if results.first_size is None:
             results.first_size = self.residual.first_size
         return residual
@@ -161,17 +215,14 @@ class Stage:
             self.best_x = put(self.best_x, better, select(self.x, better))
             self.best = np.where(better, residual, self.best)
 
-    def _in_full(self, x: Tensor) -> Tensor:
-        return self.f.leave(x) if isinstance(self.f, InUnits) else x
-
-    def _hand_over(self, which: np.ndarray, ahead: np.ndarray, fx: Tensor, to: np.ndarray) -> None:
-        """Leave samples to a later stage, marked there, at f(x) or else at the best so far."""
+    def _hand_over(self, which: np.ndarray, ahead: np.ndarray, fx: Tensor) -> None:
+        """Leave samples to the next stage, at f(x) or else at the best so far."""
         if which.any():
             rows, best_x = self.rows[which], select(self.best_x, which)
             self.kept = put(self.kept, rows, best_x)
             self.start = put(put(self.start, rows, best_x), self.rows[ahead], select(fx, ahead))
             self.results.residual[rows] = self.best[which]
-            to[rows] = True
+            self.handed[rows] = True
             self.live = self.live & ~which
 
     def _drop_finished(self) -> Tensor | None:
@@ -188,7 +239,9 @@ class Stage:
             return None
         self.f, self.x, self.best_x = f, self.x.index_select(0, kept), self.best_x.index_select(0, kept)
         self.rows, self.best, self.before = self.rows[live], self.best[live], self.before[live]
-        self.previous = None if self.previous is None else self.previous[live]
+        self.previous, self.halfway = (None if held is None else held[live] for held in (self.previous, self.halfway))
+        if self.last is not None:
+            self.last = self.last[0].index_select(0, kept), self.last[1].index_select(0, kept)
         self.residual.take(live)
         self.live = live[live]
         return kept

@@ -36,6 +36,7 @@ typedef struct {
     ptrdiff_t id;
     REAL unit;
     double first_size, largest, best, previous, residual;
+    double change, reach; /* ‖f(x) − x‖ of the sweep before; ‖s‖ / ‖y‖ of the last step s, on which f(x) − x changed by y */
 } Row;
 
 /* The vectors of the rows of a chunk, which move together; INNER is what is multiplied by A. */
@@ -144,10 +145,10 @@ static int judge(const Settings *p, Row *row, double size, double change, int k)
     if (k == 1) row->first_size = size;
     row->largest = fmax(row->largest, change);
     if (residual <= p->rtol) {
-        double rounding = 4 * (sizeof(REAL) == 4 ? FLT_EPSILON : DBL_EPSILON) * size;
-        int outgrown = size > 2 * row->first_size && p->rtol * (size + floor) > row->largest &&
-                       change + rounding > 0.5 * row->largest;
-        return outgrown ? STRANGE : DONE;
+        double eps = sizeof(REAL) == 4 ? FLT_EPSILON : DBL_EPSILON;
+        int standing = p->rtol * (size + floor) > row->largest && change + 4 * eps * size > 0.5 * row->largest;
+        int far = (change + eps * size) * row->reach > sqrt(p->rtol) * (size + floor);
+        return size > 2 * row->first_size && (standing || far) ? STRANGE : DONE;
     }
     int given_up = k >= p->budget;
     if (k % p->period == 1) { /* right behind an extrapolation, like all that are compared */
@@ -198,8 +199,10 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
         }
         if (remember) AT(before + i) = r;
     }
-    double fx2 = sum(size);
-    int status = judge(p->set, row, sqrt(fx2), sqrt(sum(change)), k);
+    double fx2 = sum(size), eps = sizeof(REAL) == 4 ? FLT_EPSILON : DBL_EPSILON;
+    if (extrapolate && row->change > 4 * eps * sqrt(fx2)) row->reach = row->change / sqrt(sum(dd));
+    row->change = sqrt(sum(change));
+    int status = judge(p->set, row, sqrt(fx2), row->change, k);
     if (fx2 == 0 && is_zero(p, x, z)) status = DONE, row->residual = 0;
     if (status == DONE) store(p, row, x, z);
     if (status == DONE || status == STRANGE) return status;

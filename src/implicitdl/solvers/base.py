@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class Solver(ABC):
     rtol: float | None = None
     atol: float = 0.0
     max_steps: int = 300
+
+    #: Whether its answer is exact, so that how it has grown shows nothing.
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         settle(self, open_unit, "rtol")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Substitution(Solver):
     For maps with a `substitute` method (an Equilibrium with ``triangular=True``); it costs one sweep, exists for
     any φ and any size of A, and takes no iteration.  The loop evaluates f once more to report the residual.
     """
+
+    exact: ClassVar[bool] = True
 
     @staticmethod
     def serves(f: RowMap) -> bool:

@@ -1,0 +1,132 @@
+"""No claim without a solution: what grows for ever is never solved, and what is hard is still found."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from implicitdl import (
+    GMRES,
+    Aitken,
+    Anderson,
+    Auto,
+    Broyden,
+    Equilibrium,
+    Newton,
+    Picard,
+    fixed_point,
+)
+from implicitdl.activations import IDENTITY, RELU
+from implicitdl.solution import Status
+
+# Without a fixed point; each is nearer to one the larger x is.
+TRAPS = {
+    "x + 1": lambda x: x + 1,
+    "√(x² + 1)": lambda x: (x * x + 1).sqrt(),
+    "x + 1/(1 + |x|)": lambda x: x + 1 / (1 + x.abs()),
+    "softplus": softplus,
+    "x + exp(−x)": lambda x: x + (-x).exp(),
+    "x + exp(−x²)": lambda x: x + (-x * x).exp(),
+    "1.0001 x + 1": lambda x: 1.0001 * x + 1,
+    "x + log(1 + |x|) + 0.1": lambda x: x + torch.log1p(x.abs()) + 0.1,
+    "x + tanh(x) + 0.2": lambda x: x + torch.tanh(x) + 0.2 + x.abs(),
+    "one part stands, the other walks": lambda x: torch.cat([x[:, :1] + 1e-3, 0.5 * x[:, 1:] + 1e3], dim=1),
+}
+SOLVERS = [
+    Auto(), Auto(slow=Broyden()), Picard(), Aitken(), Anderson(), Broyden(), Broyden(line_search=False), Newton(),
+    Newton(dense=False), GMRES(),
+]  # fmt: skip
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.mark.parametrize(("name", "solver"), list(product(TRAPS, SOLVERS)), ids=str)
+@by_dtype
+def test_a_map_without_a_solution_is_never_claimed(name, solver, dtype):
+    x0 = torch.tensor([[0.0, 0.0], [0.3, 1.0]], dtype=dtype)
+    with torch.no_grad():
+        solution = fixed_point(TRAPS[name], x0, solver=solver, on_failure="ignore")
+    assert not solution.converged.any()
+    assert (solution.residual > solver.tolerance(dtype)).all()
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+@pytest.mark.parametrize("solver", [Auto(), Anderson(), Newton()], ids=repr)
+def test_a_loose_tolerance_claims_no_more(solver, rtol):
+    loose = type(solver)(rtol=rtol)
+    for name in ("x + 1", "√(x² + 1)", "x + 1/(1 + |x|)", "softplus"):
+        assert not fixed_point(TRAPS[name], torch.zeros(1, 1), solver=loose, on_failure="ignore").converged.any()
+
+
+@pytest.mark.parametrize("A", [
+    [[1.0, 0.0], [0.0, 0.5]], [[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.5], [0.0, 0.5]], [[0.0, 1.0], [1.0, 0.0]],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("activation", [RELU, IDENTITY], ids=lambda a: a.name)
+@by_dtype
+def test_an_equilibrium_with_an_eigenvalue_of_one_is_never_claimed(A, activation, dtype):
+    f = Equilibrium(torch.tensor(A, dtype=dtype), torch.tensor([[1e-3, 1e3]], dtype=dtype), activation)
+    for x0 in (None, torch.zeros(1, 2, dtype=dtype)):
+        assert not fixed_point(f, x0, on_failure="ignore").converged.any()
+
+
+@pytest.mark.parametrize("solver", [Auto(), Anderson(), Broyden(memory=20), Newton(), GMRES()], ids=repr)
+@pytest.mark.parametrize("rate", [0.9, 0.999, 0.9999])
+def test_a_slow_map_whose_solution_is_far_from_its_start_is_solved(solver, rate):
+    c = torch.tensor([[rate, 0.5, 0.1], [rate, -0.5, 0.0]])
+    solution = fixed_point(lambda x, c: c * x + 1, torch.zeros(2, 3), c, solver=solver)
+    assert solution.converged.all()
+    assert torch.allclose(solution.value, 1 / (1 - c), rtol=1e-5)
+    assert solution.steps.max() < 20
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Newton(), GMRES()], ids=repr)
+def test_a_map_that_expands_is_solved(solver):
+    u = torch.tensor([[1.0, 2.0]])
+    solution = fixed_point(lambda x, u: 3 * x + u, torch.zeros(1, 2), u, solver=solver)
+    assert torch.allclose(solution.value, -u / 2)
+    assert int(solution.steps) <= 5
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_start_at_the_solution_is_claimed_at_once(solver):
+    solution = fixed_point(lambda x: 0.5 * x + 1, torch.full((2, 3), 2.0), solver=solver)
+    assert (solution.steps == 1).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("rate", [0.5, 0.97])
+def test_a_solution_that_is_zero_is_found_and_is_zero(solver, rate):
+    solution = fixed_point(lambda x: rate * torch.sin(x), torch.ones(2, 3), solver=type(solver)(max_steps=1000))
+    assert solution.converged.all()
+    assert (solution.value == 0).all()
+    assert (solution.residual == 0).all()
+
+
+def test_a_solution_far_below_the_start_is_not_taken_for_zero():
+    solution = fixed_point(lambda x: 0.5 * x + 1e-20, torch.ones(1, 2), solver=Picard())
+    assert torch.allclose(solution.value, torch.full((1, 2), 2e-20), atol=0.0)
+
+
+def test_substitution_is_exact_however_much_its_solution_grows():
+    A = 5 * torch.randn(20, 20).triu(1)
+    f = Equilibrium(A, torch.randn(50, 20), IDENTITY, triangular=True)
+    solution = fixed_point(f, torch.zeros(50, 20), on_failure="raise")
+    assert solution.value.abs().max() > 1e12
+    assert solution.steps.max() <= 3
+
+
+def status(f, solver, x0=0.0):
+    outcome = fixed_point(f, torch.full((1, 2), x0), solver=solver, on_failure="ignore")
+    return Status(int(outcome.figures.status))
+
+
+def test_the_status_says_why_a_row_ended():
+    assert status(lambda x: 0.5 * torch.cos(x), Picard()) == Status.CONVERGED
+    assert status(lambda x: 0.99 * x + 1, Picard(max_steps=50)) == Status.OUT_OF_STEPS
+    assert status(lambda x: 3 * x + 1, Picard(max_steps=50)) == Status.RUNS_AWAY
+    assert status(lambda x: x + 1, Anderson()) == Status.RUNS_AWAY
+    assert status(lambda x: torch.sqrt(0.5 - x), Picard()) == Status.NOT_FINITE
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert status(lambda x: x @ turn + 1, Picard(max_steps=50)) == Status.STALLED
