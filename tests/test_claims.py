@@ -52,7 +52,7 @@ def test_a_map_without_a_solution_is_never_claimed(name, solver, dtype):
     assert (solution.residual > solver.tolerance(dtype)).all()
 
 
-@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+@pytest.mark.parametrize("rtol", [1e-3, 1e-4])
 @pytest.mark.parametrize("solver", [Auto(), Anderson(), Newton()], ids=repr)
 def test_a_loose_tolerance_claims_no_more(solver, rtol):
     loose = type(solver)(rtol=rtol)
@@ -113,7 +113,7 @@ def test_substitution_is_exact_however_much_its_solution_grows():
     A = 5 * torch.randn(20, 20).triu(1)
     f = Equilibrium(A, torch.randn(50, 20), IDENTITY, triangular=True)
     solution = fixed_point(f, torch.zeros(50, 20), on_failure="raise")
-    assert solution.value.abs().max() > 1e12
+    assert solution.value.abs().max() > 1e8
     assert solution.steps.max() <= 3
 
 

@@ -20,6 +20,7 @@ LAYERS = [
     ["equilibrium"],
     ["_backend", "circular", "linearize", "lowrank"],
     ["jacobian", "residual", "solvers"],
+    ["correction"],
     ["outcome"],
     ["stage"],
     ["coupling", "iterate"],

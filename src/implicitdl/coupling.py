@@ -32,6 +32,8 @@ def are_coupled(f: RowMap, x: Tensor, outcome: Outcome, floor: Tensor | float) -
         return False
     x = x.detach()
     fx = f(x).detach() if outcome.fx is None else outcome.fx
+    if getattr(f, "root", False):  # whose claim is no norm of its value
+        return _influence(f, x, fx)
     return _disagree(f, x, fx, outcome, floor) or (not outcome.all_converged and _influence(f, x, fx))
 
 
@@ -63,9 +65,11 @@ def _influence(f: RowMap, x: Tensor, fx: Tensor) -> bool:
     for half in (drawn[: len(x) // 2], drawn[len(x) // 2 :]):
         still = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, half, False)
         moved = f(torch.where(still.unsqueeze(1), x, x + step))
-        change = torch.linalg.vector_norm((moved - fx)[still].float(), dim=1)
+        change = torch.linalg.vector_norm((moved - fx).float(), dim=1)
+        # The value of a root problem is near 0; what it changes by where x was moved has its units.
+        size = change[~still].max() if getattr(f, "root", False) else torch.linalg.vector_norm(fx[still].float(), dim=1)
         # What is not finite on either side says nothing.
-        if bool((change > rounding * torch.linalg.vector_norm(fx[still].float(), dim=1)).any()):
+        if bool((change[still] > rounding * size).any()):
             return True
     return False
 
@@ -74,7 +78,7 @@ def after(alone: Outcome, outcome: Outcome) -> Outcome:
     """An outcome with the evaluations of an earlier one counted too."""
     before, now = alone.figures, outcome.figures
     trace = None if now.trace is None or before.trace is None else torch.cat((before.trace, now.trace))
-    return replace(outcome, figures=Measured(now.residual, before.steps + now.steps, now.converged, trace))
+    return replace(outcome, figures=Measured(now.residual, before.steps + now.steps, now.converged, trace, now.status))
 
 
 def announce_coupling(who: str) -> None:

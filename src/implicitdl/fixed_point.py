@@ -16,7 +16,7 @@ from .coupling import after, announce_coupling, are_coupled
 from .equilibrium import Equilibrium
 from .rows import OneRow, RowsOf, State, rows_of
 from .solution import BackwardReport, OnFailure, Solution, announce, check_on_failure
-from .solvers import Auto, Solver
+from .solvers import Auto, Newton, Solver
 
 
 def fixed_point(
@@ -129,9 +129,13 @@ def fixed_point(
 
 
 def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> Solution:
-    """Solve g(x, \\*args) = 0, as the fixed point of x − g(x, \\*args), with the options of `fixed_point`.
+    """Solve g(x, \\*args) = 0, with the options of `fixed_point`.
 
-    The reported residual is ‖g(x)‖ relative to ‖x − g(x)‖.
+    The reported residual is ‖J⁻¹g(x)‖ relative to ‖x‖, the length of the Newton correction, J = ∂g/∂x: how far the
+    root is, whatever the units of g and of x.  A sample is converged where it is within rtol; ``atol`` is in the units
+    of x.  By default `Newton` solves both the equation and its adjoint, densely up to 256 numbers a sample; the
+    adjoint's residual is relative to the cotangent.  Fixed-point solvers such as `Anderson` work on x − g(x), and
+    depend on the scale of g.
 
     Example:
         >>> import torch
@@ -142,11 +146,15 @@ def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> S
         >>> round(x.item(), 4), round(a.grad.item(), 4)  # √2 and 1 / (2√2)
         (1.4142, 0.3536)
     """
-    return fixed_point(_Descent(g), x0, *args, **options)
+    options.setdefault("solver", Newton())
+    options.setdefault("adjoint", ImplicitAdjoint(solver=Newton()))
+    return fixed_point(_Downhill(g), x0, *args, **options)
 
 
-class _Descent(nn.Module):
-    """x − g(x, \\*args); a Module, so that what g is made of is still seen."""
+class _Downhill(nn.Module):
+    """−g(x, \\*args), the residual of x − g(x, \\*args); a Module, so that what g is made of is still seen."""
+
+    root = True
 
     def __init__(self, g: Callable[..., State]) -> None:
         super().__init__()
@@ -155,9 +163,9 @@ class _Descent(nn.Module):
     def forward(self, x: State, *args: Tensor) -> State:
         gx = self.g(x, *args)
         if isinstance(x, tuple):
-            return tuple(part - step for part, step in zip(x, gx, strict=True))
+            return tuple(-part for part in gx)
         assert isinstance(gx, Tensor)
-        return x - gx
+        return -gx
 
 
 def _check(who: str, x0: State | None, args: tuple[Tensor, ...], batch_first: bool) -> None:

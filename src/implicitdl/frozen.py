@@ -41,6 +41,7 @@ class Frozen:
         self._f = f
         self._modules = list(modules_of(f))
         self._first = True
+        self.root = bool(getattr(f, "root", False))
         # The generators before the first evaluation; None where it drew nothing.
         self._noise: list[Tensor] | None = None
         # The buffers that an evaluation may move, and after the first one those that it moves.

@@ -35,7 +35,7 @@ class _AutogradLinearization:
         self._x = _Source.apply(x.detach().requires_grad_())
         self.value = f(self._x)
         self._f = f
-        self.parts = getattr(f, "parts", None)
+        self.parts, self.root = getattr(f, "parts", None), getattr(f, "root", False)
         # Products are asked for in backward, outside of the user's autocast region.
         self.precision = autocast_dtype(x.device)
         self._autocast = partial(torch.autocast, x.device.type, self.precision, self.precision is not None)
@@ -85,16 +85,26 @@ class _LinearMap:
     """v ↦ g + Jᵀv or w ↦ h + J w."""
 
     check_interval = 1
+    linear = True
 
     def __init__(
         self, at: _AutogradLinearization, product: Callable[[_AutogradLinearization, Tensor], Tensor], g: Tensor
     ) -> None:
         self._at, self._product, self._g = at, product, g
         self.precision = at.precision
-        self.parts = at.parts
+        self.parts, self.root = at.parts, at.root
 
     def __call__(self, v: Tensor) -> Tensor:
         return self._g + self._product(self._at, v)
+
+    @property
+    def constant(self) -> Tensor:
+        """The value at 0."""
+        return self._g
+
+    def product(self, v: Tensor) -> Tensor:
+        """Jᵀv, or J v."""
+        return self._product(self._at, v)
 
     def take(self, rows: Tensor) -> RowMap | None:
         at = self._at.take(rows)

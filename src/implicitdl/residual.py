@@ -39,6 +39,7 @@ class Residual:
         self._most: np.ndarray | None = None  # (parts, batch)  ‖f(x) − x‖ at any look
         self._peak: np.ndarray | None = None  # (parts, batch)  ‖f(x)‖ at any look, since 0 was last tried
         self._away: np.ndarray | None = None  # (batch,)  whether the row runs away, at the last look that was finite
+        self._doubted: np.ndarray | None = None  # (parts, batch)  at the last claim that steps could judge
         self._difference: Tensor | None = None
 
     def begin(self, f: RowMap, fx: Tensor) -> None:
@@ -76,11 +77,12 @@ class Residual:
             self.first_size = np.where(size < np.inf, size, 0)
         if self._most is None or self._peak is None:
             self._most, self._peak = np.zeros_like(change), self.first_size.copy()
+            self._doubted = np.zeros(change.shape, dtype=bool)
         finite = change < np.inf
         self._most = np.where(finite, np.maximum(self._most, change), self._most)
         self._peak = np.where(finite, np.maximum(self._peak, size), self._peak)
         self.vanishing = (size <= rtol * self._peak) & (size > 0)
-        away = ((size > 2 * self.first_size) & (2 * change > self._most)).any(axis=0)
+        away = ((size > 2 * self.first_size) & (change > 0.999 * self._most)).any(axis=0)
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
         arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:
@@ -97,10 +99,11 @@ class Residual:
         """Raise the residual of grown rows that are within their tolerance and far from a solution."""
         assert self._most is not None, "seen by the caller"
         assert self._away is not None, "seen by the caller"
+        assert self._doubted is not None, "seen by the caller"
         change, size, most = change[part, which], size[part, which] + floor, self._most[part, which]
         eps = torch.finfo(dtype).eps
         distance = np.full_like(size, np.inf)
-        # Within rounding steps say nothing.  What is left to see is that they were ever longer.
+        # Within rounding steps say nothing: what was in doubt stays so, and others must have had longer ones.
         silent = np.ones_like(which[which])
         if before is not None:
             x, fx = select(xs[part], which), select(values[part], which)
@@ -110,10 +113,15 @@ class Residual:
             silent = ~(step > 4 * eps * size)
             distance = (change + eps * size) * step / bend
         standing = (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
-        doubtful = np.where(silent, standing, ~(distance <= rtol**0.5 * size))
+        doubtful = np.where(silent, standing | self._doubted[part, which], ~(distance <= rtol**0.5 * size))
         share = np.where(silent, 1.0, np.clip(distance / size, rtol**0.5, 1.0))
         relative[part, which] = np.where(doubtful, np.maximum(share, 2 * rtol), relative[part, which])
         self._away[which] |= doubtful
+        self._doubted[part, which] = doubtful
+
+    def fresh(self) -> Residual:
+        """One that knows nothing of the way, for a point beside it."""
+        return Residual(None)
 
     @property
     def away(self) -> np.ndarray:
@@ -128,9 +136,9 @@ class Residual:
 
     def take(self, live: np.ndarray) -> None:
         """Go on with some of the rows."""
-        self.first_size, self._most, self._peak, self._away = (
+        self.first_size, self._most, self._peak, self._away, self._doubted = (
             None if figures is None else figures[..., live]
-            for figures in (self.first_size, self._most, self._peak, self._away)
+            for figures in (self.first_size, self._most, self._peak, self._away, self._doubted)
         )
 
     def _norms(self, x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ class RowMap(Protocol):
 
     #: Evaluations between two looks at the residual.  A look costs about as much as a sweep of a small model.
     check_interval: int
+    # A root problem has ``root = True``, and −g(x) for its value, the residual itself.
+    # A linear map of one has ``linear = True``, and its ``constant``.
     # A map of states in parts also has ``parts``, the columns of each; every part meets the tolerance by itself.
 
     def __call__(self, x: Tensor, /) -> Tensor: ...

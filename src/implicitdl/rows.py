@@ -51,6 +51,8 @@ class RowsOf:
         self._divisible = True
         self._last: Tensor | None = None
         self._f = f if isinstance(f, Frozen) else Frozen(f)
+        # Whether f is −g of a root problem, and not a map with a fixed point.
+        self.root = self._f.root
         self._tuple = isinstance(like, tuple)
         parts = like if isinstance(like, tuple) else (like,)
         self._shapes = [part.shape[1:] for part in parts]
@@ -97,16 +99,12 @@ class RowsOf:
         return RowsOf(self._who, self._f, like if self._tuple else like[0], args, self.independent, part_of)
 
     @property
-    def parts(self) -> tuple[slice | Tensor, ...] | None:
+    def parts(self) -> tuple[slice, ...] | None:
         """The columns of each part of the state; None where it has one."""
         if len(self._shapes) == 1:
             return None
         sizes = [prod(shape) for shape in self._shapes]
-        ends = list(accumulate(sizes))
-        if self.samples is None:
-            return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
-        columns = torch.arange(self.samples * ends[-1]).view(self.samples, -1)
-        return tuple(columns[:, end - size : end].flatten() for size, end in zip(sizes, ends, strict=True))
+        return tuple(slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
 
     def enter(self, x: State) -> Tensor:
         return self._pack(x if isinstance(x, tuple) else (x,))
@@ -154,6 +152,25 @@ class OneRow:
         self.f, self.samples = f, samples
         self.check_interval: int = f.check_interval
         self.precision: torch.dtype | None = f.precision
+        self.root, self.linear = bool(getattr(f, "root", False)), bool(getattr(f, "linear", False))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...] | None:
+        """The columns of each part of the state, which are those of every sample."""
+        parts = getattr(self.f, "parts", None)
+        if parts is None:
+            return None
+        columns = torch.arange(self.samples * parts[-1].stop).view(self.samples, -1)
+        return tuple(columns[:, part].flatten() for part in parts)
+
+    @property
+    def constant(self) -> Tensor:
+        """Of a linear map, its value at 0."""
+        return self.together(self.f.constant)
+
+    def product(self, row: Tensor) -> Tensor:
+        """Of a linear map, its product with a row."""
+        return self.together(self.f.product(self.apart(row)))
 
     def __call__(self, row: Tensor) -> Tensor:
         return self.together(self.f(self.apart(row)))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .correction import Correction
 from .indexing import on_device, put, select
 from .outcome import Results
 from .residual import Residual
@@ -49,7 +50,8 @@ class Stage:
         self.best_x, self.best = best_x, results.residual.copy()
         self.previous: np.ndarray | None = None
         self.halfway: np.ndarray | None = None  # the best residual when half of the steps were spent
-        self.residual = Residual(results.first_size)
+        self.root = bool(getattr(f, "root", False))
+        self.residual = (Correction if self.root else Residual)(results.first_size)
         self.before = results.steps.copy()
         # x and f(x) of the evaluation before.
         self.last: tuple[Tensor, Tensor] | None = None
@@ -68,7 +70,7 @@ class Stage:
         self._budget = results.solver.max_steps - int(self.before.max())
         spent, sweep = 1, 1
         first = _first_look(interval, results.rtol)
-        if first > 1 and results.trace is None:
+        if first > 1 and results.trace is None and not self.root:
             self.residual.begin(self.f, fx)
         while True:
             scheduled = sweep >= first and (sweep - first) % interval == 0
@@ -83,7 +85,8 @@ class Stage:
                 if kept is not None:
                     state, fx = method.take(state, kept), fx.index_select(0, kept)
             self.last = self.x, fx
-            self.x, state, extra = method.step(self.f, self.x, fx, state)
+            value = self.x + fx if self.root and not method.by_residual else fx
+            self.x, state, extra = method.step(self.f, self.x, value, state)
             fx = method.evaluate(self.f, self.x, state)
             spent += 1 + extra
             sweep += 1
@@ -114,7 +117,7 @@ class Stage:
         better = due & (residual < self.best)
         self._keep_best(better, residual)
         done = due & (residual <= results.rtol)
-        lost = due & ~np.isfinite(residual)
+        lost = due & ~np.isfinite(residual) & ~(self.method.recovers & np.isfinite(self.best))
         ended = done | lost | (due & out_of_steps)
         if scheduled:
             if self.previous is not None:
@@ -159,7 +162,7 @@ class Stage:
         for columns, zeros in zip(parts or (slice(None),), kept, strict=True):
             trial[:, columns] = torch.where(on_device(zeros[:, None], x), 0.0, trial[:, columns])
         with torch.no_grad():
-            left = Residual(None)(f, trial, f(trial), None, results.rtol, results.solver.atol)
+            left = self.residual.fresh()(f, trial, f(trial), None, results.rtol, results.solver.atol)
         if len(left) < len(which):
             whole = np.full(len(which), np.inf)
             whole[which], left = left, whole
@@ -197,6 +200,14 @@ class Stage:
 
     def _residual(self, fx: Tensor, state: Any) -> np.ndarray:
         f, x, results = self.f, self.x, self.results
+        if isinstance(self.residual, Correction):
+            p = self.method.correction(f, x, fx, state)
+            with torch.no_grad():
+                residual = self.residual(
+                    f, x, fx, None, results.rtol, results.solver.atol, before=self.last, correction=p
+                )
+            results.first_size = self.residual.first_size
+            return residual
         # Of a state that is not what is returned, and of its parts, the method knows nothing that counts.
         plain = not hasattr(f, "observed") and getattr(f, "parts", None) is None and not torch.is_grad_enabled()
         norms = self.method.norms(x, fx, state) if plain else None

@@ -62,9 +62,7 @@ class BackwardSolve:
             else:
                 unit, scale = scaled(g)
                 swept = None if swept is None else swept._replace(x=swept.x / scale)
-                outcome = iterate(
-                    problem(unit), start(unit) if start else unit, self.solver, trace=self.trace, swept=swept
-                )
+                outcome = iterate(problem(unit), self._start(unit), self.solver, trace=self.trace, swept=swept)
             v = outcome.x if scale is None else outcome.x * scale
             if isinstance(self.f, OneRow):
                 outcome = outcome.of_each(self.f.samples)
@@ -90,6 +88,12 @@ class BackwardSolve:
         one = OneRow(problem(unit.view_as(g)), len(g))
         outcome = iterate(one, one.together(v) / scale, self.solver, trace=self.trace)
         return one.apart(outcome.x * scale), after(alone, outcome.of_each(one.samples))
+
+    def _start(self, unit: Tensor) -> Tensor:
+        """The first term of the Neumann series, which a root problem does not have."""
+        if self.start is not None:
+            return self.start(unit)
+        return torch.zeros_like(unit) if getattr(self.at, "root", False) else unit
 
 
 def scaled(g: Tensor) -> tuple[Tensor, Tensor]:

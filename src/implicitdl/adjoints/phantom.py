@@ -49,6 +49,7 @@ class PhantomGradient(Adjoint):
             return outcome.x, outcome
         x = outcome.x.detach()
         for _ in range(self.steps):
-            x = f(x) if self.damping == 1.0 else x.lerp(f(x), self.damping)
+            fx = x + f(x) if getattr(f, "root", False) else f(x)
+            x = fx if self.damping == 1.0 else x.lerp(fx, self.damping)
         # The value stays the one whose residual is reported; only the gradient is that of the steps.
         return outcome.x.detach() + (x - x.detach()), outcome

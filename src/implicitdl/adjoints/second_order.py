@@ -68,7 +68,8 @@ class _NewtonStep(torch.autograd.Function):
         fx, point = ctx.saved_tensors
         Jtv = vjp(fx, point, v, create_graph=torch.is_grad_enabled())
         if torch.is_grad_enabled():
-            v = v + _TransposedSolve.apply(g + Jtv - v, fx, ctx.solve)
+            left = g + Jtv if getattr(ctx.solve.at, "root", False) else g + Jtv - v
+            v = v + _TransposedSolve.apply(left, fx, ctx.solve)
         with torch.no_grad():
             cancelling = -Jtv
         return v, None, cancelling, None, None

@@ -43,6 +43,13 @@ class Solver(ABC):
 
     #: Whether its answer is exact, so that how it has grown shows nothing.
     exact: ClassVar[bool] = False
+    #: Whether its steps are made of residuals, which a root problem gives in place of f(x).
+    by_residual: ClassVar[bool] = False
+
+    @property
+    def recovers(self) -> bool:
+        """Whether it goes on where f is not finite at a point that it has tried."""
+        return False
 
     def __post_init__(self) -> None:
         settle(self, open_unit, "rtol")
@@ -83,6 +90,13 @@ class Solver(ABC):
         """
         return None
 
+    def correction(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> Tensor | None:
+        """Of a root problem, the Newton correction at x, (batch, d); inf where it is not known.
+
+        Of a linear one, the part of the residual that is rounding, (batch,).
+        """
+        return None
+
     def take(self, state: Any, rows: Tensor) -> Any:
         """The state of some of the samples, when the others have finished."""
         return state.take(rows) if isinstance(state, Rows) else None
@@ -108,6 +122,12 @@ class Rows:
                 value = value.index_select(0, rows)
             parts[part.name] = value.take(rows) if isinstance(value, Rows) else value
         return type(self)(**parts)
+
+
+def residual(f: RowMap, x: Tensor, fx: Tensor) -> Tensor:
+    """f(x) − x in the precision that methods work in; a root problem is evaluated to −g(x), which is that already."""
+    fx = fx.to(precise(fx.dtype))
+    return fx if getattr(f, "root", False) else fx - x
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._checks import positive, positive_int, settle, wrong
 from ..rowmap import RowMap
-from .base import Rows, Solver, precise
+from .base import Rows, Solver, precise, residual
 from .inverse import InverseEstimate
 from .search import Search
 
@@ -62,6 +63,12 @@ class Broyden(Solver):
     line_search: bool = True
     growth: float = 10.0
 
+    by_residual: ClassVar[bool] = True
+
+    @property
+    def recovers(self) -> bool:
+        return self.line_search
+
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, positive_int, "memory")
@@ -84,12 +91,12 @@ class Broyden(Solver):
 
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _Memory) -> tuple[Tensor, _Memory, int]:
         search = state.search
-        r = fx.to(search.x.dtype) - x
+        r, root = residual(f, x, fx), getattr(f, "root", False)
         if state.filled:
             self._remember(state, x - search.x, search.r - r)
         state.filled += 1
         if self.line_search:
-            _, plain = search.judge(x, r)
+            _, plain = search.judge(x, r, root=root)
         else:
             size = torch.linalg.vector_norm(r, dim=1)
             plain = ~(size <= self.growth * state.best)
@@ -97,7 +104,9 @@ class Broyden(Solver):
             state.valid = state.valid & ~plain.unsqueeze(1)
             state.best = torch.where(plain, size, torch.minimum(size, state.best))
         # After a rejected trial the direction is renewed too: the trial has taught H something about it.
-        search.p = torch.where(plain.unsqueeze(1), search.r, self.inverse(state).apply(search.r))
+        search.p = self.inverse(state).apply(search.r)
+        if not root:
+            search.p = torch.where(plain.unsqueeze(1), search.r, search.p)
         return search.trial().to(fx.dtype), state, 0
 
     def inverse(self, state: _Memory) -> InverseEstimate:
@@ -110,6 +119,8 @@ class Broyden(Solver):
         # Broyden's update does not change when s and y are scaled together; unit steps keep the products comparable.
         length = torch.linalg.vector_norm(s, dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
         s, d = s / length, (s - y) / length
+        finite = torch.isfinite(d).all(dim=1)
+        s, d = (torch.where(finite.unsqueeze(1), part, 0.0) for part in (s, d))
         slot = (state.filled - 1) % self.memory
         state.S[:, slot], state.D[:, slot] = s, d
         across = torch.bmm(torch.stack((s, d), dim=1), state.S.transpose(1, 2))
@@ -117,7 +128,7 @@ class Broyden(Solver):
         state.SD[:, :, slot] = across[:, 1]
         state.SD[:, slot] = torch.bmm(s.unsqueeze(1), state.D.transpose(1, 2)).squeeze(1)
         state.valid = state.valid.clone()
-        state.valid[:, slot] = True
+        state.valid[:, slot] = finite
 
 
 def _core(state: _Memory) -> Tensor:

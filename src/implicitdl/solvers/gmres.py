@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._checks import positive_int, settle
 from ..rowmap import RowMap
-from .base import Solver
+from .base import Solver, residual
 from .krylov import Krylov, refuse_graph
 
 
@@ -44,6 +45,8 @@ class GMRES(Solver):
 
     restart: int = 20
 
+    by_residual: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, positive_int, "restart")
@@ -54,12 +57,14 @@ class GMRES(Solver):
     def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Krylov) -> tuple[Tensor, Krylov, int]:
         search = state.search
         refuse_graph("GMRES", fx)
-        r = fx.to(search.x.dtype) - x
+        r = residual(f, x, fx)
         tried = state.tried
         state.extend(r)
         size = torch.linalg.vector_norm(r, dim=1)
         search.accept(tried, x, r, size)
         # The residual of the recurrence and the true one agree to rounding; a tenth is left for what they differ by.
         scale = torch.linalg.vector_norm(fx, dim=1).to(size.dtype)
-        state.begin(tried, h=size, enough=0.9 * (self.atol + self.tolerance(fx.dtype) * scale))
+        # In a root problem the residual has other units than x, along which the probe goes.
+        h = torch.maximum(torch.linalg.vector_norm(search.x, dim=1), size) if getattr(f, "root", False) else size
+        state.begin(tried, h=h, enough=0.9 * (self.atol + self.tolerance(fx.dtype) * scale))
         return state.point().to(fx.dtype), state, 0

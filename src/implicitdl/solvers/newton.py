@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from torch import Tensor
 from .._checks import positive_int, settle, wrong
 from ..linearize import vjp
 from ..rowmap import RowMap
-from .base import Rows, Solver, precise
+from .base import Rows, Solver, residual
 from .krylov import Krylov, refuse_graph
 from .search import Search
 
 # Up to here a Jacobian is formed.  Its LU costs n/3 evaluations of a dense f in operations and some times that in
 # time; above a few hundred numbers the tens of products of a Krylov space are cheaper.
-_DENSE_UP_TO = 256
+DENSE_UP_TO = 256
 # Numbers in one Jacobian beyond which a dense solve is refused: 1 GiB in float64, and 10¹² operations a factorisation.
 _LARGEST = 1 << 27
 # Eisenstat and Walker's value for both constants of their choice 2: η = γ (‖r‖ / ‖r before‖)², at most η_max.
@@ -46,6 +46,9 @@ class _Local(Rows):
 class _Dense(Rows):
     search: Search
     local: _Local | None = None
+    p: Tensor | None = (
+        None  # (batch, d)  the Newton step at the point, of a root problem whose correction was asked for
+    )
 
 
 @dataclass(slots=True)
@@ -90,6 +93,12 @@ class Newton(Solver):
     dense: bool | None = None
     krylov: int = 30
 
+    by_residual: ClassVar[bool] = True
+
+    @property
+    def recovers(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, positive_int, "krylov")
@@ -112,45 +121,85 @@ class Newton(Solver):
     def step(
         self, f: RowMap, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree
     ) -> tuple[Tensor, _Dense | _MatrixFree, int]:
-        r = fx.to(precise(fx.dtype)) - x
+        r = residual(f, x, fx)
         if isinstance(state, _Dense):
-            return self._dense_step(x, r, state).to(fx.dtype), state, 0
+            return self._dense_step(f, x, r, state).to(fx.dtype), state, 0
         refuse_graph("Newton", fx)
         size = torch.linalg.vector_norm(fx, dim=1).to(r.dtype)
-        return self._matrix_free_step(x, r, size, state).to(fx.dtype), state, 0
+        return self._matrix_free_step(f, x, r, size, state).to(fx.dtype), state, 0
 
-    def _dense_step(self, x: Tensor, r: Tensor, state: _Dense) -> Tensor:
-        search = state.search
-        good, _ = search.judge(x, r)
+    def correction(self, f: RowMap, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree) -> Tensor | None:
+        r = residual(f, x, fx.detach())
+        if isinstance(state, _MatrixFree):
+            if getattr(f, "linear", False):
+                return None
+            # The step that led here, solved for as far as its forcing asks, is longer than the next one.
+            krylov = state.krylov
+            nearer = krylov.tried & (torch.linalg.vector_norm(r, dim=1) <= 0.5 * krylov.search.size)
+            return torch.where((nearer & (krylov.search.size < torch.inf)).unsqueeze(1), x - krylov.search.x, torch.inf)
+        assert state.local is not None, "evaluated by this method"
+        size = torch.linalg.vector_norm(r, dim=1)
+        wanted = torch.isfinite(size) & ((size <= state.search.size) | (state.search.plain > 0))
+        state.p = r.new_full(r.shape, torch.inf)
+        rows = wanted.nonzero().squeeze(1)
+        rounding, lost = torch.zeros_like(size), torch.ones_like(wanted)
+        for part in rows.split(max(1, _AT_ONCE // x.shape[1] ** 2)) if rows.numel() else ():
+            J = state.local.jacobian(part).to(r.dtype).detach()
+            p, known = _root_step(J, r[part])
+            state.p = state.p.index_put((part,), p)
+            lost = lost.index_put((part,), ~known)
+            # A residual of this size belongs to a J that differs from J by its rounding.
+            length = torch.linalg.vector_norm(x[part], dim=1).to(r.dtype)
+            rounding[part] = 4 * torch.finfo(r.dtype).eps * torch.linalg.matrix_norm(J) * length
+        # Where J is singular the step is one to take, and says nothing of how far the root is.
+        return rounding if getattr(f, "linear", False) else torch.where(lost.unsqueeze(1), torch.inf, state.p)
+
+    def _dense_step(self, f: RowMap, x: Tensor, r: Tensor, state: _Dense) -> Tensor:
+        search, root = state.search, getattr(f, "root", False)
+        good, _ = search.judge(x, r, root=root)
         rows = good.nonzero().squeeze(1)
         if rows.numel():
             assert state.local is not None
             # A Jacobian at a time of as many samples as memory likes; the others' points have not moved.
             parts = rows.split(max(1, _AT_ONCE // x.shape[1] ** 2))
-            p = torch.cat([_solve(state.local.jacobian(part).to(r.dtype), search.r[part]) for part in parts])
+            if state.p is not None:
+                p = state.p[rows]
+            else:
+                step = (lambda J, r: _root_step(J, r)[0]) if root else _solve
+                p = torch.cat([step(state.local.jacobian(part).to(r.dtype), search.r[part]) for part in parts])
             search.p = search.p.index_put((rows,), p)
+        state.p = None
         return search.trial()
 
-    def _matrix_free_step(self, x: Tensor, r: Tensor, scale: Tensor, state: _MatrixFree) -> Tensor:
+    def _matrix_free_step(self, f: RowMap, x: Tensor, r: Tensor, scale: Tensor, state: _MatrixFree) -> Tensor:
+        root, linear = getattr(f, "root", False), getattr(f, "linear", False)
         krylov, search = state.krylov, state.krylov.search
         tried = krylov.tried
         krylov.extend(r)
-        good, _ = search.judge(x, r, tried)
+        good, _ = search.judge(x, r, tried, root=root)
         # Far from the solution a Newton step is not worth solving for, near it half of the tolerance is enough.
         forcing = (_FORCING * (search.size / state.before) ** 2).clamp(max=_FORCING)
         end = 0.5 * (self.atol + self.tolerance(r.dtype) * scale)
         enough = torch.maximum(forcing * search.size, end)
+        h = _REACH * search.size
+        if root:
+            # The residual has other units than x: neither a length to probe with, nor known to be small.
+            tolerance = self.tolerance(r.dtype)
+            enough = (0.5 * tolerance if linear else forcing.clamp(min=1e-3, max=0.1)) * search.size
+            length = torch.linalg.vector_norm(search.x, dim=1)
+            length = torch.where(length > 0, length, 1.0)
+            h = length if linear else torch.finfo(r.dtype).eps ** 0.5 * length
         state.before = torch.where(good, search.size, state.before)
         # A difference over h errs by curvature × h, Newton's own step by curvature × ‖p‖: a probe shorter than the
         # residual adds nothing to the error, and the longer it is the less rounding counts.
-        krylov.begin(good, h=_REACH * search.size, enough=enough)
+        krylov.begin(good, h=h, enough=enough)
         return krylov.point()
 
     def _forms_jacobian(self, f: RowMap, x: Tensor) -> bool:
         d = x.shape[1]
         differentiable = hasattr(f, "linearize") or not torch.is_inference_mode_enabled()
         if not self.dense:
-            return self.dense is None and d <= _DENSE_UP_TO and differentiable
+            return self.dense is None and d <= DENSE_UP_TO and differentiable
         if d * d > _LARGEST:
             raise wrong(
                 "Newton", f"a state of at most {isqrt(_LARGEST)} numbers for a dense Jacobian",
@@ -168,12 +217,29 @@ class Newton(Solver):
 def _local(f: RowMap, x: Tensor) -> _Local:
     """f at x by one evaluation, in closed form where f offers it."""
     closed_form = getattr(f, "linearize", None)
-    if closed_form is None:
-        at: Any = _Differentiated(f, x)
+    if getattr(f, "linear", False):
+        at: Any = _OfLinear(f, x)
+    elif closed_form is None:
+        at = _Differentiated(f, x)
     else:
         at = closed_form(x)
         at = at if hasattr(at, "jacobian") else _ByProducts(at.value, at.vjp)
     return _Local(at, torch.arange(len(x), device=x.device))
+
+
+class _OfLinear:
+    """A linear map at a point: its matrix has a product for every column."""
+
+    def __init__(self, f: Any, x: Tensor) -> None:
+        self._f, self.value = f, f(x)
+        self._J: Tensor | None = None
+
+    def jacobian(self, rows: Tensor) -> Tensor:
+        if self._J is None:
+            unit = torch.eye(self.value.shape[1], dtype=self.value.dtype, device=self.value.device)
+            columns = [self._f.product(row.expand_as(self.value).contiguous()) for row in unit]
+            self._J = torch.stack(columns, dim=2).detach()
+        return self._J[rows]
 
 
 class _ByProducts:
@@ -205,9 +271,33 @@ class _Differentiated(_ByProducts):
         super().__init__(value, lambda v: vjp(value, point, v, create_graph=False))
 
 
+def newton_correction(f: RowMap, x: Tensor) -> Tensor:
+    """The Newton step of a root problem at x, by one evaluation and its Jacobian; inf where this is singular."""
+    local = _local(f, x)
+    p, known = _root_step(local.jacobian(local.rows).detach(), local.at.value.detach())
+    return torch.where(known.unsqueeze(1), p, torch.inf)
+
+
 def _solve(J: Tensor, r: Tensor) -> Tensor:
     """(I − J) p = r, and the plain step p = r where I − J is singular."""
-    M = torch.eye(J.shape[1], dtype=J.dtype, device=J.device) - J
+    p, known = _solved(torch.eye(J.shape[1], dtype=J.dtype, device=J.device) - J, r)
+    return torch.where(known.unsqueeze(1), p, r)
+
+
+def _root_step(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """−J p = r, and whether J has an inverse; where not, Levenberg's step, of a damping that rounding asks for."""
+    p, known = _solved(-J, r)
+    if bool(known.all()):
+        return p, known
+    largest = J.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(J.dtype).tiny)
+    N = -J / largest.view(-1, 1, 1)
+    damping = J.shape[1] * torch.finfo(J.dtype).eps ** 0.5 * torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
+    damped, found = _solved(N.transpose(1, 2) @ N + damping, (N.transpose(1, 2) @ r.unsqueeze(2)).squeeze(2))
+    damped = torch.where(found.unsqueeze(1), damped / largest.unsqueeze(1), r)
+    return torch.where(known.unsqueeze(1), p, damped), known
+
+
+def _solved(M: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """M⁻¹r, and where it exists."""
     p, failed = torch.linalg.solve_ex(M, r.unsqueeze(2))
-    usable = (failed == 0).view(-1, 1) & torch.isfinite(p.squeeze(2)).all(dim=1, keepdim=True)
-    return torch.where(usable, p.squeeze(2), r)
+    return p.squeeze(2), (failed == 0) & torch.isfinite(p.squeeze(2)).all(dim=1)

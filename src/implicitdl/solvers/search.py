@@ -13,6 +13,8 @@ from .base import Rows, precise
 _DECREASE = 1e-4
 # Below this part of a direction, six halvings, the direction is given up.
 _SHORTEST = 2.0**-6
+# A Newton direction is good however far it overshoots, as from a start far out on an arctangent.
+_SHORTEST_IN_ROOTS = 2.0**-12
 
 
 @dataclass(slots=True)
@@ -39,24 +41,30 @@ class Search(Rows):
         none = torch.zeros(len(x), dtype=torch.long, device=x.device)
         return Search(x, x, x, x.new_full((len(x),), torch.inf), x.new_ones(len(x)), none, none + 1)
 
-    def judge(self, x: Tensor, r: Tensor, tried: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take over the trials x, of residual r, that are good enough.
+    def judge(self, x: Tensor, r: Tensor, tried: Tensor | None = None, *, root: bool = False) -> tuple[Tensor, Tensor]:
+        """Take over the trials x, of residual r, that are good enough; one that is not finite never is.
 
         Returns which samples want a new direction, and which take plain steps.  ``tried`` marks the samples whose x
-        is a trial; all by default.
+        is a trial; all by default.  In a root problem the residual is no step, and a whole step p is taken in its
+        place.
         """
         size = torch.linalg.vector_norm(r, dim=1)
-        walking = self.plain > 0
-        good = walking | (size <= (1 - _DECREASE * self.t) * self.size)
+        finite = torch.isfinite(size)
+        size = torch.where(finite, size, torch.inf)
+        walking = (self.plain > 0) & finite
+        good = walking | ((size <= (1 - _DECREASE * self.t) * self.size) & finite)
         if tried is not None:
             good = good & tried
         self.accept(good, x, r, size)
         refused = ~good if tried is None else tried & ~good
         self.t = torch.where(refused, self.t / 2, torch.where(good, 1.0, self.t))
-        lost = self.t < _SHORTEST
-        self.plain = torch.where(lost, self.pause, self.plain - walking.long())
+        lost = self.t < (_SHORTEST_IN_ROOTS if root else _SHORTEST)
+        self.plain = torch.where(lost, self.pause, (self.plain - walking.long()) * finite)
         self.pause = torch.where(lost, 2 * self.pause, self.pause)
         walking = self.plain > 0
+        if root:
+            self.aim(walking, self.p)
+            return good, walking
         self.aim(walking, self.r)
         return good & ~walking, walking
 

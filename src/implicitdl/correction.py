@@ -1,0 +1,116 @@
+"""The measure of g(x) = 0: the Newton correction, which knows neither the units of g nor those of x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .indexing import on_host
+from .residual import Residual, measurable, parts_of
+from .solvers.newton import DENSE_UP_TO, newton_correction
+
+# A step that is longer than this part of the one before does not come nearer any more.
+_STANDING = 0.75
+
+
+class Correction(Residual):
+    """‖p‖ / ‖x‖ per row, p = J⁻¹g(x) the Newton correction: the relative distance to the root that is near.
+
+    A solver that forms J knows p.  Of another the secant of its last two evaluations gives a guess,
+    ‖g‖ ‖s‖ / ‖y‖, and where this is within the tolerance p is computed once to confirm it.
+
+    A root at 0 has no relative distance.  Where rounding leaves steps that do not shorten and are nothing beside the
+    numbers that x has been through, it has been found as exactly as they allow; else `Stage` tries 0 itself.
+
+    For a linear equation, an adjoint's, it is ‖r‖ / ‖g‖, the residual relative to the right-hand side.
+    """
+
+    _before: np.ndarray | None = None  # (parts, batch)  ‖p‖ at the look before
+    _slopes: np.ndarray | None = None  # (2, batch)  ‖y‖ / ‖s‖ of the first step, and of the last that says one
+
+    def __call__(
+        self, f: Any, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, correction: Tensor | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        dtype = fx.dtype
+        state = x.detach()
+        x, r = measurable(f, x), measurable(f, fx)
+        residual = on_host(torch.linalg.vector_norm(r, dim=1))
+        xs = parts_of(f, x)
+        size = np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in xs])
+        if self.first_size is None:
+            self.first_size = np.where(size < np.inf, size, 0)
+        if getattr(f, "linear", False):
+            self.vanishing, self._away = None, np.zeros(len(residual), dtype=bool)
+            right = on_host(torch.linalg.vector_norm(measurable(f, f.constant), dim=1))
+            rounding = np.zeros_like(residual) if correction is None else on_host(correction)
+            return _ratio(residual, right + atol / rtol + rounding / rtol)
+        guess = np.full_like(residual, np.inf)
+        if before is not None:
+            x_before, r_before = (measurable(f, part) for part in before)
+            step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
+            bend = on_host(torch.linalg.vector_norm(r - r_before, dim=1))
+            guess = residual * step / bend
+            slope = np.where(step > 0, bend / step, np.nan)
+            slope = np.where(np.isfinite(slope), slope, self._slopes[1] if self._slopes is not None else np.nan)
+            first = slope if self._slopes is None else np.where(np.isfinite(self._slopes[0]), self._slopes[0], slope)
+            self._slopes = np.stack([first, slope])
+        if correction is not None:
+            length = _lengths(f, correction)
+        elif x.shape[1] <= DENSE_UP_TO and not torch.is_inference_mode_enabled():
+            length = np.repeat(guess[None], len(size), axis=0)
+            near = (length <= rtol * size + atol).all(axis=0) & (residual > 0)
+            if near.any():
+                length[:, near] = _lengths(f, _confirmed(f, state))[:, near]
+        else:
+            length = np.repeat(10 * guess[None], len(size), axis=0)  # in many dimensions, a guess
+        peak = size if self._peak is None else np.maximum(self._peak, size)
+        self._peak = peak
+        relative = length / (size + length + atol / rtol)
+        relative = np.where(np.isfinite(length), relative, 1.0)
+        if self._before is not None and correction is not None:
+            standing = (length > _STANDING * self._before) & (length <= 4 * torch.finfo(dtype).eps * peak)
+            relative = np.where(standing, np.minimum(relative, length / peak), relative)
+        self._away = ((size > 2 * self.first_size) & (relative > rtol) & (length > 0.01 * size)).any(axis=0)
+        self._before = np.where(np.isfinite(length), length, np.inf)
+        self.vanishing = (size <= rtol * peak) & (size > 0)
+        # A zero is a root unless g has faded away on the way to it, as exp(x) does for x → −∞.
+        zero = residual == 0
+        if self._slopes is not None:
+            first, slope = self._slopes
+            zero &= ~(size > 2 * self.first_size).any(axis=0) | (slope > torch.finfo(dtype).eps ** 2 * first)
+        worst: np.ndarray = np.where(residual == 0, 1.0, relative.max(axis=0))
+        return np.where(zero, 0.0, np.where(np.isfinite(residual), worst, np.inf))
+
+    def fresh(self) -> Correction:
+        return _Exactly(None)
+
+    def take(self, live: np.ndarray) -> None:
+        super().take(live)
+        self._before, self._slopes = (
+            None if held is None else held[..., live] for held in (self._before, self._slopes)
+        )
+
+
+class _Exactly(Correction):
+    """Whether g(x) is 0."""
+
+    def __call__(self, f: Any, x: Tensor, fx: Tensor, *settings: Any, **more: Any) -> np.ndarray:
+        return np.where(on_host(fx.detach().abs().amax(dim=1)) == 0, 0.0, np.inf)
+
+
+def _confirmed(f: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return newton_correction(f, x).detach()
+
+
+def _lengths(f: Any, p: Tensor) -> np.ndarray:
+    return np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in parts_of(f, p)])
+
+
+def _ratio(change: np.ndarray, size: np.ndarray) -> np.ndarray:
+    ratio = np.where(change == 0, 0.0, change / size)
+    return np.where(np.isnan(change) | np.isinf(change), np.inf, np.minimum(ratio, float(np.finfo(np.float32).max)))
