@@ -29,7 +29,6 @@ class Correction(Residual):
     """
 
     _before: np.ndarray | None = None  # (parts, batch)  ‖p‖ at the look before
-    _slopes: np.ndarray | None = None  # (2, batch)  ‖y‖ / ‖s‖ of the first step, and of the last that says one
 
     def __call__(
         self, f: Any, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
@@ -54,15 +53,12 @@ class Correction(Residual):
             step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
             bend = on_host(torch.linalg.vector_norm(r - r_before, dim=1))
             guess = residual * step / bend
-            slope = np.where(step > 0, bend / step, np.nan)
-            slope = np.where(np.isfinite(slope), slope, self._slopes[1] if self._slopes is not None else np.nan)
-            first = slope if self._slopes is None else np.where(np.isfinite(self._slopes[0]), self._slopes[0], slope)
-            self._slopes = np.stack([first, slope])
         if correction is not None:
             length = _lengths(f, correction)
         elif x.shape[1] <= DENSE_UP_TO and not torch.is_inference_mode_enabled():
             length = np.repeat(guess[None], len(size), axis=0)
             near = (length <= rtol * size + atol).all(axis=0) & (residual > 0)
+            near |= (residual == 0) & (size > 2 * self.first_size).any(axis=0)
             if near.any():
                 length[:, near] = _lengths(f, _confirmed(f, state))[:, near]
         else:
@@ -77,11 +73,9 @@ class Correction(Residual):
         self._away = ((size > 2 * self.first_size) & (relative > rtol) & (length > 0.01 * size)).any(axis=0)
         self._before = np.where(np.isfinite(length), length, np.inf)
         self.vanishing = (size <= rtol * peak) & (size > 0)
-        # A zero is a root unless g has faded away on the way to it, as exp(x) does for x → −∞.
-        zero = residual == 0
-        if self._slopes is not None:
-            first, slope = self._slopes
-            zero &= ~(size > 2 * self.first_size).any(axis=0) | (slope > torch.finfo(dtype).eps ** 2 * first)
+        # A zero is a root unless g and its slope have faded away on the way to it, as those of exp do for x → −∞.
+        grown = (size > 2 * self.first_size).any(axis=0)
+        zero = (residual == 0) & ~(grown & ~np.isfinite(length).all(axis=0))
         worst: np.ndarray = np.where(residual == 0, 1.0, relative.max(axis=0))
         return np.where(zero, 0.0, np.where(np.isfinite(residual), worst, np.inf))
 
@@ -90,9 +84,7 @@ class Correction(Residual):
 
     def take(self, live: np.ndarray) -> None:
         super().take(live)
-        self._before, self._slopes = (
-            None if held is None else held[..., live] for held in (self._before, self._slopes)
-        )
+        self._before = None if self._before is None else self._before[:, live]
 
 
 class _Exactly(Correction):
