@@ -13,8 +13,6 @@ from .base import Rows, precise
 _DECREASE = 1e-4
 # Below this part of a direction, six halvings, the direction is given up.
 _SHORTEST = 2.0**-6
-# A Newton direction is good however far it overshoots, as from a start far out on an arctangent.
-_SHORTEST_IN_ROOTS = 2.0**-12
 
 
 @dataclass(slots=True)
@@ -58,7 +56,7 @@ class Search(Rows):
         self.accept(good, x, r, size)
         refused = ~good if tried is None else tried & ~good
         self.t = torch.where(refused, self.t / 2, torch.where(good, 1.0, self.t))
-        lost = self.t < (_SHORTEST_IN_ROOTS if root else _SHORTEST)
+        lost = self.t < _SHORTEST
         self.plain = torch.where(lost, self.pause, (self.plain - walking.long()) * finite)
         self.pause = torch.where(lost, 2 * self.pause, self.pause)
         walking = self.plain > 0
