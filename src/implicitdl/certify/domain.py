@@ -45,6 +45,8 @@ class Box:
     def around(cls, u: Tensor, eps: float | Tensor, domain: tuple[float, float] | None = (0.0, 1.0)) -> Box:
         """The points of the domain with |u' − u| ≤ ε in every component, in float64.
 
+        Its faces are rounded to nearest; every bound leaves room for that, as for the rounding of centre and radius.
+
         Arguments:
             u: (batch, \\*any), inside the domain; flattened to (batch, p).
             eps: ε ≥ 0, a number or a tensor that broadcasts over (batch, p).

@@ -70,8 +70,7 @@ def lipschitz_two(model: Model) -> float:
             who, "a model with λ_pf < 1, ‖A‖₂ < 1 or I − sym(A) ≻ 0", "one with none of them",
             "See certify.well_posed(model).",
         )  # fmt: skip
-    # Norms are singular values, each off by a modest multiple of the rounding of a product.
-    return min(found) * (1 + 8 * rounding(space.n + space.p, space.dtype))
+    return min(found) * (1 + rounding(0, space.dtype))
 
 
 def _by_sensitivity(space: StateSpace) -> float | None:
@@ -83,7 +82,7 @@ def _by_sensitivity(space: StateSpace) -> float | None:
 
 def _by_norms(space: StateSpace) -> float | None:
     slopes = slopes_of(space.blocks, space.b_x).unsqueeze(1)
-    room = 1 - _norm(slopes * space.A) - rounding(space.n, space.dtype)
+    room = 1 - _norm(slopes * space.A)
     return _norm(space.C) * _norm(slopes * space.B) / room + _norm(space.D) if room > 0 else None
 
 
@@ -143,14 +142,31 @@ def lipschitz_sdp(model: Model) -> float:
             "Use lipschitz_two, or reduce the model first.",
         )  # fmt: skip
     weights = _solved(who, A, B, C, D)
-    P = 2 * torch.diag(weights) - weights.unsqueeze(1) * A - A.t() * weights - C.t() @ C
-    K = weights.unsqueeze(1) * B + C.t() @ D
-    least = float(torch.linalg.eigvalsh(P)[0]) if space.n else torch.inf
-    if not least > rounding(8 * space.n, P.dtype) * _norm(P):
+    if not bool((weights > 0).all()):  # of an equation without a unique solution, such as x = relu(2x + u)
+        raise wrong(who, "a Λ with positive entries", f"{float(weights.min()):.3g}", "See certify.well_posed(model).")
+    P, K = _blocks(weights, A, B, C, D, -1.0)
+    # What they may be off by in norm: P is a difference of larger terms, and B and D have the rounding of their QR.
+    relative, both = rounding(8 * (space.n + space.q), P.dtype), _norm(torch.cat([space.B, space.D]))
+    P_terms, K_terms = _blocks(weights, A.abs(), B.abs(), C.abs(), D.abs(), 1.0)
+    P_off, K_off = (
+        relative * _norm(P_terms),
+        relative * (_norm(K_terms) + (_norm(torch.diag(weights)) + _norm(C)) * both),
+    )
+    values, vectors = torch.linalg.eigh(P)
+    # The eigenvectors are those of a matrix that is off from P by its rounding, and P from the true one.
+    values = values - 2 * P_off
+    least = float(values[0]) if space.n else torch.inf
+    if not least > P_off:
         raise wrong(who, "a Λ with a positive definite matrix", f"least eigenvalue {least:.3g}", "Use lipschitz_two.")
-    rho = float(torch.linalg.eigvalsh(D.t() @ D + K.t() @ torch.linalg.solve(P, K))[-1])
-    # The condition of P is what the solve with it may cost in digits.
-    return (rho * (1 + rounding(8 * space.n, P.dtype) * max(_norm(P) / least, 1.0))) ** 0.5
+    # √ρ is the norm of [D; P^-½K].
+    root = _norm(torch.cat([D, vectors.t() @ K / values.sqrt().unsqueeze(1)]))
+    return (root + relative * both + (K_off + relative * _norm(K)) / least**0.5) * (1 + rounding(0, P.dtype))
+
+
+def _blocks(weights: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """2Λ − ΛA − AᵀΛ − CᵀC and ΛB + CᵀD; of absolute values with the other sign, the size of their terms."""
+    rows = weights.unsqueeze(1)
+    return 2 * torch.diag(weights) + sign * (rows * A + A.t() * weights + C.t() @ C), rows * B + C.t() @ D
 
 
 def _solved(who: str, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -177,4 +193,6 @@ def _unit_slopes(space: StateSpace) -> tuple[Tensor, Tensor]:
 
 
 def _norm(M: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(M, 2)) if M.numel() else 0.0
+    """‖M‖₂, rounded upwards: a singular value is off by a modest multiple of the rounding of a product."""
+    largest = float(torch.linalg.matrix_norm(M, 2)) if M.numel() else 0.0
+    return largest * (1 + 8 * rounding(sum(M.shape), M.dtype))

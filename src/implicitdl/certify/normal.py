@@ -25,7 +25,7 @@ def rounding(terms: int, dtype: torch.dtype) -> float:
 
     A dot product of m terms, added in any order, is off by at most m·u/(1 − m·u) of Σ|a_k b_k|, with u = eps/2
     (Higham, Accuracy and Stability of Numerical Algorithms, §3.1).  Twice that, and 32 terms more, covers the few
-    further roundings of a bound: of the weights' own scaling, of centre and radius, and of adding the parts.
+    further roundings of a bound: of the weights' own scaling, of a box's faces, centre and radius, and of adding parts.
     """
     return (terms + 32) * torch.finfo(dtype).eps
 
