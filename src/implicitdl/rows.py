@@ -160,7 +160,7 @@ class OneRow:
         parts = getattr(self.f, "parts", None)
         if parts is None:
             return None
-        columns = torch.arange(self.samples * parts[-1].stop).view(self.samples, -1)
+        columns = torch.arange(self.samples * parts[-1].stop, device="cpu").view(self.samples, -1)
         return tuple(columns[:, part].flatten() for part in parts)
 
     @property

@@ -201,7 +201,7 @@ def _constraint(arguments: dict[str, Any], saved: Any, own: Any) -> Constraint:
     if not kind.triangular:
         settings["lipschitz"] = max(entries["lipschitz"], arguments["activation"].lipschitz)
     if entries["weighted"] and issubclass(kind, WeightedRowScaling):
-        settings["weights"] = torch.ones(arguments["hidden_dim"], device="cpu")
+        settings["weights"] = torch.ones(arguments["hidden_dim"], dtype=torch.get_default_dtype(), device="cpu")
     return _called(kind, settings)
 
 
