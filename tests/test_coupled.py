@@ -56,6 +56,10 @@ def dense(f, x, weights, g):
     return x, torch.autograd.grad(f(x), weights, v)
 
 
+def by(solver):
+    return ImplicitAdjoint(solver=solver)
+
+
 def relative(a, b):
     return float(((a - b).norm() / b.norm()).detach())
 
@@ -134,6 +138,28 @@ class TestGraphs:
         assert relative(solution.value, x) < tolerance
         for ours, theirs in zip(torch.autograd.grad(solution.value, (W, B), g), expected, strict=True):
             assert relative(ours, theirs) < tolerance
+
+    @found
+    @pytest.mark.long
+    @pytest.mark.parametrize("seed", range(50))
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_random_graphs_by_every_solver_and_exact_adjoint(self, seed, dtype):
+        n, act = 5 + 195 * seed // 49, (torch.relu, torch.tanh)[seed % 2]
+        W, A, B, g = graph(n, 3, act, dtype, seed)
+
+        def f(x):
+            return act(W @ x @ A + B)
+
+        x, expected = dense(f, torch.zeros(n, 3, dtype=dtype), (W, B), g)
+        tolerance = 100 * {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+        ways = [(solver, ImplicitAdjoint()) for solver in SOLVERS]
+        ways += [(Auto(), adjoint) for adjoint in (ImplicitAdjoint(order=2), *map(by, (*SOLVERS[:-1], GMRES())))]
+        ways += [(Picard(), Unrolled())]
+        for solver, adjoint in ways:
+            solution = fixed_point(f, torch.zeros(n, 3, dtype=dtype), solver=solver, adjoint=adjoint)
+            assert relative(solution.value, x) < tolerance, (solver, adjoint)
+            for ours, theirs in zip(torch.autograd.grad(solution.value, (W, B), g), expected, strict=True):
+                assert relative(ours, theirs) < tolerance, (solver, adjoint)
 
     @found
     @pytest.mark.parametrize("weight", [0.5, 0.9])

@@ -23,7 +23,7 @@ LAYERS = [
     ["correction"],
     ["outcome"],
     ["stage"],
-    ["coupling", "iterate"],
+    ["announce", "coupling", "iterate"],
     ["adjoints"],
     ["transforms"],
     ["fixed_point"],

@@ -26,8 +26,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, _checks, _store, fixed_point, solution
+from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, Status, _checks, _store, fixed_point, solution
 from implicitdl._checks import ArgumentError, MissingExtraError
+from implicitdl.announce import announce
+from implicitdl.outcome import Outcome
 from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, train
 from implicitdl.training import processes as processes_module
 from implicitdl.training.state import pack, unpack
@@ -245,7 +247,9 @@ class Announcing(nn.Module):
         converged = torch.ones(n, dtype=torch.bool)
         converged[0] = False
         steps = torch.full((n,), self.calls)
-        solution.announce("Fake", direction, solution.Measured(torch.ones(n), steps, converged), False, 1e-5, 9, "warn")
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.STALLED))
+        figures = solution.Measured(torch.ones(n), steps, converged, status=status)
+        announce("Fake", direction, Outcome(torch.ones(n, 1), figures, False, 1e-5), Picard(), "warn")
 
     def forward(self, u):
         self.calls += 1

@@ -32,6 +32,7 @@ from .solution import (
     Monitor,
     Report,
     Solution,
+    Status,
 )
 from .solvers import (
     GMRES,
@@ -95,6 +96,7 @@ __all__ = [
     "Solver",
     "SpectralRadius",
     "StateSpace",
+    "Status",
     "Substitution",
     "Unrolled",
     "activations",

@@ -70,7 +70,7 @@ class Correction(Residual):
         if self._before is not None and correction is not None:
             standing = (length > _STANDING * self._before) & (length <= 4 * torch.finfo(dtype).eps * peak)
             relative = np.where(standing, np.minimum(relative, length / peak), relative)
-        self._away = ((size > 2 * self.first_size) & (relative > rtol) & (length > 0.01 * size)).any(axis=0)
+        self._away = np.logical_or.reduce((size > 2 * self.first_size) & (relative > rtol) & (length > 0.01 * size))
         self._before = np.where(np.isfinite(length), length, np.inf)
         self.vanishing = (size <= rtol * peak) & (size > 0)
         # A zero is a root unless g and its slope have faded away on the way to it, as those of exp do for x → −∞.

@@ -12,10 +12,11 @@ from . import transforms
 from ._checks import DIVERGED, finite, wrong
 from ._context import outside_graphs, plain, without_grad
 from .adjoints import Adjoint, ImplicitAdjoint
+from .announce import announce
 from .coupling import after, announce_coupling, are_coupled
 from .equilibrium import Equilibrium
 from .rows import OneRow, RowsOf, State, rows_of
-from .solution import BackwardReport, OnFailure, Solution, announce, check_on_failure
+from .solution import BackwardReport, OnFailure, Solution, check_on_failure
 from .solvers import Auto, Newton, Solver
 
 
@@ -89,7 +90,7 @@ def fixed_point(
         return solution
     solver = Auto() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
-    who = f"fixed_point({type(solver).__name__})"
+    who = f"{'root' if isinstance(f, _Downhill) else 'fixed_point'}({type(solver).__name__})"
     check_settings(who, solver, adjoint, on_failure, coupled)
     known = f if isinstance(f, Equilibrium) and not args else None
     if known is not None and coupled:
@@ -120,7 +121,7 @@ def fixed_point(
     if known is not None and not outcome.all_converged:
         for name, weight in known.named_weights.items():
             finite(who, name, weight, DIVERGED)
-    announce(who, "forward", outcome.figures, outcome.all_converged, outcome.rtol, solver.max_steps, on_failure)
+    announce(who, "forward", outcome, solver, on_failure)
     if isinstance(problem, (RowsOf, OneRow)):
         problem.settle()
     if rows is start:  # x0 was the solution; the user may go on to change either in place

@@ -96,7 +96,7 @@ class Results:
 
     def take_over(self, x: Tensor, swept: Swept) -> tuple[Tensor, np.ndarray]:
         """Keep what a compiled loop has solved; the other rows, and where the next stage is to start."""
-        status, rows = swept.figures.status(), np.arange(len(self.residual))
+        status, rows = swept.figures.endings(), np.arange(len(self.residual))
         done = status == kernel.DONE
         self.steps = swept.figures.steps.numpy()
         self.status[done] = Status.CONVERGED

@@ -82,7 +82,7 @@ class Residual:
         self._most = np.where(finite, np.maximum(self._most, change), self._most)
         self._peak = np.where(finite, np.maximum(self._peak, size), self._peak)
         self.vanishing = (size <= rtol * self._peak) & (size > 0)
-        away = ((size > 2 * self.first_size) & (change > 0.999 * self._most)).any(axis=0)
+        away = np.logical_or.reduce((size > 2 * self.first_size) & (change > 0.999 * self._most))
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
         arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:

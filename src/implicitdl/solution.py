@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from ._checks import choice
@@ -58,6 +56,9 @@ class Figures(Protocol):
 
     @property
     def trace(self) -> Tensor | None: ...
+
+    @property
+    def status(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ class Report:
     def trace(self) -> Tensor | None:
         """(checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for."""
         return self.figures.trace
+
+    @property
+    def status(self) -> Tensor | None:
+        """(batch,) why the solve of the sample ended, as a `Status`; None inside a transform."""
+        return self.figures.status
 
     def __repr__(self) -> str:
         return _shown(self, *_FIGURES, "backward")
@@ -224,35 +230,12 @@ _open: list[Monitor] = []
 _lock = threading.Lock()
 
 
-def announce(
-    who: str,
-    direction: Literal["forward", "backward"],
-    figures: Figures,
-    all_converged: bool,
-    rtol: float,
-    max_steps: int,
-    on_failure: OnFailure,
-) -> None:
-    """Hand the figures to the open monitors and make a miss as loud as was asked for."""
+def monitored(direction: Literal["forward", "backward"], figures: Figures) -> None:
+    """Hand the figures of a solve to the open monitors."""
     if _open:
         with _lock:
             for monitor in _open:
                 getattr(monitor, direction).append(figures)
-    if all_converged or on_failure == "ignore":
-        return
-    residual, converged = figures.residual, figures.converged
-    missed, lost = int((~converged).sum()), int(torch.isinf(residual).sum())
-    advice = "Raise max_steps, or check that the map is a contraction."
-    if lost:
-        advice = f"{lost} met NaN or infinity: look for them in the input and the weights. Or: {advice}"
-    text = (
-        f"{who}: {missed} of {converged.numel()} samples did not reach rtol={rtol:.0e} in {max_steps} steps "
-        f"(worst residual {float(residual.max()):.1e}). {advice}"
-    )
-    if on_failure == "raise":
-        raise ConvergenceError(text)
-    # One worded line that names the solve is worth more here than a line number inside the library.
-    warnings.warn(text, ImplicitFunctionWarning, stacklevel=2)
 
 
 def check_on_failure(who: str, value: str) -> None:

@@ -152,7 +152,7 @@ class Stage:
         results = self.results
         due = self.live & (residual > results.rtol) & (self.before + spent < results.solver.max_steps)
         vanishing = vanishing & due
-        which = vanishing.any(axis=0)
+        which: np.ndarray = np.logical_or.reduce(vanishing)
         if not which.any():
             return
         f = self.f.take(on_device(which.nonzero()[0], self.x))

@@ -26,11 +26,12 @@ from ._context import require_constant
 from .adjoints import Adjoint, ImplicitAdjoint
 from .adjoints.backward import BackwardSolve
 from .adjoints.guard import beyond_order
+from .announce import announce
 from .equilibrium import Equilibrium
 from .iterate import iterate
 from .linearize import linearize
 from .rowmap import Explicit, RowMap
-from .solution import BackwardReport, Measured, OnFailure, Solution, announce
+from .solution import BackwardReport, Measured, OnFailure, Solution
 from .solvers import Solver
 
 
@@ -124,7 +125,7 @@ class _State(_Equation):
         *theta, x0 = tensors
         outcome = iterate(s.build(*theta), x0, s.solver, trace=s.trace)
         figures = outcome.figures
-        announce(s.who, "forward", figures, outcome.all_converged, outcome.rtol, s.solver.max_steps, s.on_failure)
+        announce(s.who, "forward", outcome, s.solver, s.on_failure)
         # The length of a trace is a matter of its numbers, which the transforms that stand above cannot see.
         trace = figures.residual.new_full((len(x0), s.solver.max_steps if s.trace else 0), torch.nan)
         if figures.trace is not None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .._checks import wrong
 from .._context import has_tangent, without_grad
+from ..announce import announce
 from ..coupling import after, announce_coupling, are_coupled
 from ..iterate import iterate
 from ..outcome import Outcome
 from ..rowmap import Linearization, RowMap
 from ..rows import OneRow, RowsOf
-from ..solution import BackwardReport, OnFailure, announce
+from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import precise
 from .cotangents import each, many
@@ -74,10 +75,7 @@ class BackwardSolve:
                     announce_coupling(who)
                     v, outcome = self._as_one(problem, g, v, outcome)
             report.figures = outcome.figures
-            announce(
-                who, "backward", outcome.figures, outcome.all_converged,
-                outcome.rtol, self.solver.max_steps, self.on_failure,
-            )  # fmt: skip
+            announce(who, "backward", outcome, self.solver, self.on_failure)
             return v
 
     def _as_one(

@@ -12,7 +12,7 @@ from ..activations import Activation
 from ..adjoints import Adjoint
 from ..equilibrium import Equilibrium
 from ..fixed_point import fixed_point
-from ..solution import BackwardReport, Measured, OnFailure, Solution
+from ..solution import BackwardReport, Measured, OnFailure, Solution, Status
 from ..solvers import Solver
 from .blocks import Block, joined
 from .graph import components
@@ -147,12 +147,15 @@ def _joined(x: Tensor, solved: Sequence[Solution]) -> Solution:
     figures = torch.float64 if x.dtype == torch.float64 else torch.float32
     none = torch.zeros(len(x), dtype=figures, device=x.device).masked_fill(~finite, torch.inf)
     once = torch.ones(len(x), dtype=torch.int64, device=x.device)
+    ended = [part.status for part in solved if part.status is not None]
+    evaluated = torch.where(finite, int(Status.CONVERGED), int(Status.NOT_FINITE)).to(torch.int8)
     return Solution(
         value=x,
         figures=Measured(
             torch.stack([none, *(part.residual for part in solved)]).amax(0),
             torch.stack([once, *(part.steps for part in solved)]).amax(0),
             torch.stack([finite, *(part.converged for part in solved)]).all(0),
+            status=torch.stack([evaluated, *ended]).amax(0) if len(ended) == len(solved) else None,
         ),
         backward=solved[0].backward if len(solved) == 1 else BackwardReport(),
     )
