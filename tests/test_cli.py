@@ -387,7 +387,7 @@ class TestBadFolders:
         ("damage", "words"),
         [
             (lambda text: text[:40], "expected a whole run.json"),
-            (lambda text: text.replace("hidden_dim", "hidden_size", 1), "unexpected keyword argument 'hidden_size'"),
+            (lambda text: text.replace("hidden_dim", "hidden_size", 1), "unknown field `hidden_size`"),
             (lambda text: text.replace('"kappa": null', '"kappa": 7', 1), "expected --kappa strictly between 0 and 1"),
             (lambda text: "[]", "expected a whole run.json"),
         ],
