@@ -145,6 +145,7 @@ def test_float32():
 # ---- refit
 
 
+@pytest.mark.float64
 @settings(max_examples=20, deadline=None)
 @given(seeds, sizes, sizes, layouts)
 def test_refitting_recovers_lost_weights_that_others_can_replace(seed, p, q, layout):
@@ -256,6 +257,7 @@ def test_bad_arguments_are_worded(call, message):
         call(space, inputs(5, 3))
 
 
+@pytest.mark.float64
 def test_refit_takes_models_as_prune_does():
     model, u = ImplicitModel(3, 2, 8), inputs(8, 3)
     pruned = prune(model, u, keep=0.5).space
