@@ -178,6 +178,24 @@ def test_models_by_their_nonzeros(teachers, tmp_path):
     assert all(row["nonzeros"] <= count for row, count in zip(rows, (400, 100), strict=True))
 
 
+@pytest.mark.parametrize(("words", "also"), [([], ""), (["--refit"], ", refitted")])
+def test_the_two_ways_to_sparsity_are_both_refitted_or_neither(words, also, teachers, tmp_path, monkeypatch, capsys):
+    calls, drawn = [], []
+    monkeypatch.setattr("implicitdl.cli.outcome.refit", lambda space, *rest: calls.append(space) or space)
+    monkeypatch.setattr("implicitdl.viz.sparsity", lambda curves, **how: drawn.extend(curves))
+    teacher = ["--teacher", str(teachers / "net.safetensors"), "--layers", "64-16-8-10"]
+    assert main(["sim", *teacher, *QUICK, "--path", "3", *words, "--out", str(tmp_path / "out")]) == 0
+    assert len(calls) == len(words)
+    assert drawn == [f"SIM{also}", f"pruned by magnitude{also}"]
+
+
+def test_a_penalty_that_leaves_nothing_has_a_row_and_no_picture(teachers, tmp_path):
+    words = ["--teacher", str(teachers / "net.safetensors"), "--layers", "64-16-8-10", *QUICK, "--path", "1e18"]
+    assert main(["sim", *words, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "sim.json").read_text())["path"][0]["nonzeros"] == 0
+    assert not (tmp_path / "out" / "plots" / "sparsity.png").exists()
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [(errno.EACCES, "expected a folder that can be written"), (errno.ENOSPC, "expected room on the disk")],

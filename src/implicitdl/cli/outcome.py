@@ -44,14 +44,17 @@ class Outcome:
         self._write()
 
     def follow(self, points: Sequence[PathPoint], teacher: nn.Module, loader: Any, data: Data) -> None:
-        """Held-out accuracy along a path, and of the teacher pruned by magnitude to as many weights and refitted."""
+        """Held-out accuracy along a path, and of the teacher pruned by magnitude to as many weights.
+
+        Both are refitted, or neither.
+        """
         u = torch.cat([images for images, _ in loader])
         space, total = statespace(teacher, u[:2]), weights_of(teacher)
         for point in points:
             count = point.report.nonzeros
             row = {"lambda_z": point.lambda_z, "nonzeros": count, "accuracy": score(point.model, data.valid_dl)}
             if space is not None and 0 < count < total:
-                row["pruned"] = score(_pruned(space, u.to(space.A), count / total), data.valid_dl)
+                row["pruned"] = score(self._pruned(space, u.to(space.A), count / total), data.valid_dl)
             self._curve.append(row)
         self._draw(score(teacher, data.valid_dl), total)
         self._write()
@@ -62,7 +65,7 @@ class Outcome:
             facts.add_row(name, value)
         _print(facts)
         if self._curve:
-            table = _table("λ_z", "nonzeros", "held-out accuracy", "pruned, refitted")
+            table = _table("λ_z", "nonzeros", *(f"{name}, held-out accuracy" for name in self._names.values()))
             for row in self._curve:
                 pruned = f"{row['pruned']:.2%}" if "pruned" in row else "—"
                 table.add_row(f"{row['lambda_z']:g}", f"{row['nonzeros']:,}", f"{row['accuracy']:.2%}", pruned)
@@ -92,21 +95,25 @@ class Outcome:
             nonzeros=report.nonzeros, path=self._curve, rows=rows,
         )  # fmt: skip
 
+    @property
+    def _names(self) -> dict[str, str]:
+        also = ", refitted" if self._options.refit else ""
+        return {"accuracy": f"SIM{also}", "pruned": f"pruned by magnitude{also}"}
+
+    def _pruned(self, space: StateSpace, u: Tensor, keep: float) -> ImplicitModel:
+        left = prune(space, u, keep=keep).space
+        fitted = refit(left, space, u) if self._options.refit else left
+        return ImplicitModel.from_statespace(fitted, constraint=Unconstrained)
+
     def _draw(self, reference: float, total: int) -> None:
-        names = {"accuracy": "SIM", "pruned": "pruned by magnitude, refitted"}
         curves = {
             name: [(row["nonzeros"] / total, row[key]) for row in self._curve if row["nonzeros"] and key in row]
-            for key, name in names.items()
+            for key, name in self._names.items()
         }
         curves = {name: points for name, points in curves.items() if points}
         if not curves:  # λ was so large that nothing is left
             return
         viz.sparsity(curves, reference=reference, of="held-out", path=self._where / "plots" / "sparsity.png")
-
-
-def _pruned(space: StateSpace, u: Tensor, keep: float) -> ImplicitModel:
-    fitted = refit(prune(space, u, keep=keep).space, space, u)
-    return ImplicitModel.from_statespace(fitted, constraint=Unconstrained)
 
 
 def _known(values: Tensor) -> list[float | None]:

@@ -152,7 +152,9 @@ def sim(
     nonzeros: Annotated[
         str | None, Option(help="Of further models, how many nonzeros each may have, such as 500,2000.")
     ] = None,
-    refit: Annotated[bool, Option("--refit", help="Fit what is left of the further models by least squares.")] = False,
+    refit: Annotated[
+        bool, Option("--refit", help="Refit the further models, and the pruned, by least squares.")
+    ] = False,
     out: Annotated[str | None, Option(help="Folder of the result; a new one under runs/ by default.")] = None,
     device: Annotated[str | None, Option(help="Such as cpu or cuda:0.")] = None,
     threads: Annotated[int | None, Option(help="of PyTorch on the CPU.")] = None,
