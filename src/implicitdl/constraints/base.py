@@ -70,7 +70,8 @@ class Constraint(nn.Module, ABC):
         if not self.contains(A):
             raise wrong(
                 f"{type(self).__name__}.right_inverse", f"a member of the set (‖A‖∞ ≤ {self.radius:.6g})",
-                f"‖A‖∞ = {norm_inf(A):.6g}", "Apply the constraint to A first.",
+                f"‖A‖∞ = {norm_inf(A):.6g}",
+                "The constraint applied to A is one, though another matrix.",
             )  # fmt: skip
         return A
 

@@ -64,7 +64,8 @@ class Monotone(Constraint):
         if not self.contains(A):
             raise wrong(
                 "Monotone.right_inverse", f"a member of the set (I − A ⪰ mI, m={self.m:.6g})",
-                f"a smallest eigenvalue of {monotonicity(A):.6g}", "Apply the constraint to A first.",
+                f"a smallest eigenvalue of {monotonicity(A):.6g}",
+                "The constraint applied to A is one, though another matrix.",
             )  # fmt: skip
         # From eigenvectors and QR, not by Cholesky, which stops at a singular matrix: on the boundary PᵀP is one.
         unit = self._eye(A)

@@ -48,7 +48,8 @@ class WeightedRowScaling(Constraint):
         if not self.contains(A):
             raise wrong(
                 "WeightedRowScaling.right_inverse", f"a member of the set (Σ_j |a_ij| v_j / v_i ≤ {self.radius:.6g})",
-                f"{float(self._in_units(A).abs().sum(dim=-1).max()):.6g}", "Apply the constraint to A first.",
+                f"{float(self._in_units(A).abs().sum(dim=-1).max()):.6g}",
+                "The constraint applied to A is one, though another matrix.",
             )  # fmt: skip
         return A
 

@@ -269,11 +269,12 @@ class ImplicitModel(Pretrained):
         """A trainable model with these matrices; it has biases where the matrices have.
 
         Arguments:
-            space: its A must be in the constraint's set: see `rescaled`, or pass ``constraint=Unconstrained``.
+            space: its A must be in the constraint's set.  `implicitdl.statespace.rescale` writes the same model with an
+                A inside of the ball; ``constraint=Unconstrained`` takes any A.
             f, kappa, constraint, solver, adjoint, on_failure: as for the constructor.
 
         Raises:
-            ArgumentError: an A outside the constraint's set.
+            ArgumentError: an A outside the constraint's set, with what can be done about it.
         """
         options = {"f": f, "kappa": kappa, "constraint": constraint, "solver": solver, "adjoint": adjoint}
         return matrices.to_model(cls, space, options | {"on_failure": on_failure})

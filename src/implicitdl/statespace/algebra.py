@@ -27,7 +27,7 @@ def cascade(outer: StateSpace, inner: StateSpace) -> StateSpace:
     if outer.p != inner.q:
         raise wrong("cascade", f"an outer model whose p is q={inner.q} of the inner one", f"p={outer.p}")
     states = [outer.n, inner.n]
-    return outer.replace(
+    return outer.holding(
         A=assemble([[outer.A, product(outer.B, inner.C)], [None, inner.A]], states, states),
         B=assemble([[product(outer.B, inner.D)], [inner.B]], states, [inner.p]),
         C=assemble([[outer.C, product(outer.D, inner.C)]], [outer.q], states),
@@ -43,7 +43,7 @@ def add(first: StateSpace, second: StateSpace) -> StateSpace:
     first, second = models = _alike("add", first, second)
     _same("add", "p", models)
     _same("add", "q", models)
-    return first.replace(
+    return first.holding(
         **_side_by_side(models),
         B=assemble([[first.B], [second.B]], [first.n, second.n], [first.p]),
         C=assemble([[first.C, second.C]], [first.q], [first.n, second.n]),
@@ -56,7 +56,7 @@ def scale(model: StateSpace, factor: float) -> StateSpace:
     """u ↦ factor · model(u), also written ``factor * model``."""
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise wrong("scale", "factor to be a finite number", repr(factor))
-    return model.replace(C=factor * model.C, D=factor * model.D, b_y=factor * model.b_y)
+    return model.holding(C=factor * model.C, D=factor * model.D, b_y=factor * model.b_y)
 
 
 def concatenate(*models: StateSpace) -> StateSpace:
@@ -71,7 +71,7 @@ def concatenate(*models: StateSpace) -> StateSpace:
     """
     models = _alike("concatenate", *models)
     _same("concatenate", "p", models)
-    return models[0].replace(
+    return models[0].holding(
         **_side_by_side(models),
         B=assemble([[m.B] for m in models], [m.n for m in models], [models[0].p]),
         C=_diagonal([m.C for m in models]),
@@ -91,7 +91,7 @@ def direct_sum(*models: StateSpace) -> StateSpace:
         tensor([[  2., -20.]])
     """
     models = _alike("direct_sum", *models)
-    return models[0].replace(
+    return models[0].holding(
         **_side_by_side(models),
         B=_diagonal([m.B for m in models]),
         C=_diagonal([m.C for m in models]),
@@ -159,7 +159,7 @@ def self_feedback(model: StateSpace, *, check: bool = True) -> StateSpace:
     D_u, D_y = _columns(model.D, model.q)
     E = inverse_of_gap(who, "I − D around the loop", D_y)
     EC, ED, Eb = product(E, model.C), product(E, D_u), E @ model.b_y
-    closed = model.replace(
+    closed = model.holding(
         A=model.A + product(B_y, EC), B=B_u + product(B_y, ED), C=EC, D=ED, b_x=model.b_x + B_y @ Eb, b_y=Eb
     )
     if check and not (gain := loop_gain(closed)) < 1:

@@ -38,7 +38,7 @@ def embedding(space: StateSpace) -> StateSpace:
         up, down = (M + M.abs()) / 2, (M - M.abs()) / 2
         return assemble([[up, down], [down, up]], [M.shape[0]] * 2, [M.shape[1]] * 2)
 
-    return space.replace(
+    return space.holding(
         **{name: doubled(getattr(space, name)) for name in ("A", "B", "C", "D")},
         b_x=space.b_x.repeat(2),
         b_y=space.b_y.repeat(2),
@@ -108,5 +108,5 @@ def reduce_on_box(space: StateSpace, low: Tensor, high: Tensor) -> StateSpace:
         slope[here] = torch.where(constant, 0.0, slope[here])
         affine[here] |= constant
     rows = torch.where(affine, slope, 1.0)
-    stated = space.replace(A=scaled(space.A, rows), B=scaled(space.B, rows), b_x=rows * space.b_x + offset)
+    stated = space.holding(A=scaled(space.A, rows), B=scaled(space.B, rows), b_x=rows * space.b_x + offset)
     return without_linear(stated, affine)

@@ -46,5 +46,5 @@ def spread(space: StateSpace, r: Tensor) -> Tensor:
 
 def rounding(space: StateSpace, x: Tensor, u: Tensor) -> Tensor:
     """(batch, n) what rounding can do to one evaluation of z = Ax + Bu + b_x: (terms) · eps · (sum of sizes)."""
-    size = space.replace(A=space.A.abs(), B=space.B.abs(), b_x=space.b_x.abs()).pre_activation(x.abs(), u.abs())
+    size = space.holding(A=space.A.abs(), B=space.B.abs(), b_x=space.b_x.abs()).pre_activation(x.abs(), u.abs())
     return (space.n + space.p + 1) * torch.finfo(x.dtype).eps * size

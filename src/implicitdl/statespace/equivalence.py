@@ -55,7 +55,7 @@ def scale_states(space: StateSpace, v: Tensor) -> StateSpace:
     # The quotients are taken in v's own precision, so that a row that just fits still does after rounding.
     v = v.to(space.device)
     A, B = space.A.to(v.dtype), space.B.to(v.dtype)
-    return space.replace(
+    return space.holding(
         A=scaled(A, 1 / v, v).to(space.dtype),
         B=scaled(B, 1 / v).to(space.dtype),
         C=scaled(space.C.to(v.dtype), columns=v).to(space.dtype),
@@ -117,7 +117,7 @@ def eliminate_diagonal(space: StateSpace) -> StateSpace:
         raise wrong("eliminate_diagonal", "a_ii max φ' < 1", f"{float(gain.max()):.6g} at i={int(gain.argmax())}")
     rows = 1 / (1 - gain)
     off = space.A - scaled(eye(space.n, space.A), a)
-    return space.replace(A=scaled(off, rows), B=scaled(space.B, rows), b_x=rows * space.b_x)
+    return space.holding(A=scaled(off, rows), B=scaled(space.B, rows), b_x=rows * space.b_x)
 
 
 def eliminate_linear(space: StateSpace) -> StateSpace:

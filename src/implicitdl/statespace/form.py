@@ -1,22 +1,56 @@
-"""What a StateSpace may be made of."""
+"""What a StateSpace may be made of, and how it holds it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import _checks
-from .._checks import wrong
+from .._checks import ArgumentError, wrong
 from ..activations import Activation
 from .blocks import Block
-from .matrices import is_sparse
+from .matrices import is_sparse, normalized
 
 if TYPE_CHECKING:
     from .space import StateSpace
 
 WHO = "StateSpace"
+
+
+class ImmutableError(ArgumentError, AttributeError):
+    """Something of a StateSpace was to be set."""
+
+
+class Held:
+    """A tensor of a StateSpace, read where it is known to be as it was."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, space: StateSpace | None, owner: type) -> Tensor:
+        return self if space is None else space._unchanged()[self.name]  # type: ignore[return-value]
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; it shares the number with its views.  None where torch keeps none."""
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
+
+
+def copied(given: Any) -> Any:
+    """A copy of a tensor; what is none is left for `check_form` to refuse."""
+    return normalized(given).clone() if isinstance(given, Tensor) else given
+
+
+def well_formed(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A, B, C and D, dense or coalesced."""
+    for name in "ABCD":
+        M = given[name]
+        if not isinstance(M, Tensor) or M.dim() != 2 or not M.is_floating_point():
+            got: object = (tuple(M.shape), M.dtype) if isinstance(M, Tensor) else type(M).__name__
+            raise wrong(WHO, f"{name} to be a floating-point matrix", got)
+    return {name: normalized(given[name]) for name in "ABCD"}
 
 
 def blocks_given(given: Activation | Sequence[tuple[Activation, int]], n: int) -> tuple[Block, ...]:

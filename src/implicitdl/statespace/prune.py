@@ -155,7 +155,7 @@ def prune(model: Model, u: Tensor, *, keep: float, by: Rule = magnitude) -> Prun
     chosen = torch.zeros_like(filled)
     chosen[scores.masked_fill(~filled, -torch.inf).topk(max(1, round(keep * total))).indices] = True
     masks = chosen.split([M.numel() for M in full.matrices])
-    pruned = full.replace(
+    pruned = full.holding(
         **{name: M * mask.view_as(M) for name, M, mask in zip("ABCD", full.matrices, masks, strict=True)}
     )
     state_bound, output_bound = _bounds(full.to(torch.float64), pruned.to(torch.float64), u.double())
@@ -187,7 +187,7 @@ def _state(space: StateSpace, u: Tensor) -> Tensor:
 def _adjoint_power(space: StateSpace, u: Tensor) -> Tensor:
     """Σ_k V_k², (batch, n), with V_k = ∂y_k/∂z: the derivatives for an input that is added to z."""
     identity = torch.eye(space.n, dtype=space.dtype, device=space.device)
-    nudged = space.replace(B=torch.cat((space.B, identity), 1), D=torch.cat((space.D, torch.zeros_like(space.C)), 1))
+    nudged = space.holding(B=torch.cat((space.B, identity), 1), D=torch.cat((space.D, torch.zeros_like(space.C)), 1))
     nudge = torch.zeros(len(u), space.n, dtype=space.dtype, device=space.device, requires_grad=True)
     with torch.enable_grad():
         y = nudged(torch.cat((u, nudge), 1))

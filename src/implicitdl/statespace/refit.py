@@ -58,10 +58,10 @@ def refit(pruned: Model, original: Model, u: Tensor) -> StateSpace:
     biased = bool((original.b_x != 0).any() | (original.b_y != 0).any())
     inner = RowFit(pruned.A, pruned.B, biased, norm_inf(original.A))
     A, B, b_x = inner.to(original.pre_activation(x, u), x, u)
-    middle = pruned.replace(A=A, B=B, b_x=b_x)
+    middle = pruned.holding(A=A, B=B, b_x=b_x)
     outer = RowFit(pruned.C, pruned.D, biased, torch.inf)
     C, D, b_y = outer.to(original.read_out(x, u), _state(middle, u), u)
-    fitted = middle.replace(C=C, D=D, b_y=b_y)
+    fitted = middle.holding(C=C, D=D, b_y=b_y)
     return fitted.to_sparse() if sparse_wanted else fitted
 
 

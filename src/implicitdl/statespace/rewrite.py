@@ -36,7 +36,7 @@ def rewritten(
         B, D = B + product(A, Q), D + product(space.C, Q)
     if c is not None:
         b_x, b_y = b_x + A @ c, b_y + space.C @ c
-    return space.replace(
+    return space.holding(
         A=product(A, P), B=B, C=product(space.C, P), D=D, b_x=b_x, b_y=b_y, blocks=blocks_of(space, kept)
     )
 

@@ -16,10 +16,12 @@ from ..adjoints import Adjoint
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from . import algebra
-from .blocks import joined
-from .form import WHO, blocks_given, check_finite, check_form
+from .blocks import Block, joined
+from .form import WHO, Held, ImmutableError, blocks_given, check_finite, check_form, copied, version, well_formed
 from .matrices import count_nonzero, dense, eye, is_sparse, linear, normalized, sparse, zeros
 from .solve import Component, plan, solve_in_order
+
+_TENSORS = ("A", "B", "C", "D", "b_x", "b_y")
 
 
 class StateSpace:
@@ -27,8 +29,11 @@ class StateSpace:
 
     Any network is one (its layers are blocks, A is block triangular), and models compose into models: ``m2 @ m1``,
     ``m1 + m2``, ``a * m`` and the functions of `implicitdl.statespace`.  Calling it solves for x in the order of the
-    blocks: what does not loop costs one pass, what does is an equilibrium.  It is immutable; gradients reach the
-    matrices where they require them.
+    blocks: what does not loop costs one pass, what does is an equilibrium.
+
+    It is one moment of a model: it copies what it is given, so that what is done to that later does not reach it, while
+    gradients reach what was given.  Nothing of it can be set, and where a matrix of its was written to in place every
+    use is an error: `replace` makes another model.
 
     Arguments:
         A: (n, n).  All four matrices are dense, or all are sparse (COO or CSR; kept as coalesced COO).
@@ -40,7 +45,8 @@ class StateSpace:
             downstream first, so that A of a feed-forward network is block upper triangular, but any order is taken.
 
     Raises:
-        ArgumentError: shapes, dtypes, devices or layouts that do not fit together; at the call, an input that does not.
+        ArgumentError: shapes, dtypes, devices or layouts that do not fit together; at the call, an input that does not;
+            at any use, a matrix that was written to in place.
 
     Source: El Ghaoui, Gu, Travacca, Askari & Tsai, Implicit Deep Learning, SIAM J. Math. Data Sci. 3 (2021).
 
@@ -56,6 +62,11 @@ class StateSpace:
         True
     """
 
+    A, B, C, D, b_x, b_y = (Held(name) for name in _TENSORS)
+    blocks: tuple[Block, ...]
+    _tensors: dict[str, Tensor]
+    _versions: list[int | None]
+
     def __init__(
         self,
         A: Tensor,
@@ -66,17 +77,43 @@ class StateSpace:
         b_y: Tensor | None = None,
         blocks: Activation | Sequence[tuple[Activation, int]] = RELU,
     ) -> None:
-        for name, M in (("A", A), ("B", B), ("C", C), ("D", A if D is None else D)):
-            if not isinstance(M, Tensor) or M.dim() != 2 or not M.is_floating_point():
-                got: object = (tuple(M.shape), M.dtype) if isinstance(M, Tensor) else type(M).__name__
-                raise wrong(WHO, f"{name} to be a floating-point matrix", got)
+        given = {"A": A, "B": B, "C": C, "D": A if D is None else D}
+        well_formed(given)
         n, p, q = A.shape[0], B.shape[1], C.shape[0]
-        self.A, self.B, self.C = normalized(A), normalized(B), normalized(C)
-        self.D = zeros(q, p, self.A) if D is None else normalized(D)
-        self.b_x = torch.zeros(n, dtype=A.dtype, device=A.device) if b_x is None else b_x
-        self.b_y = torch.zeros(q, dtype=A.dtype, device=A.device) if b_y is None else b_y
-        self.blocks = blocks_given(blocks, n)
+        given |= {
+            "D": zeros(q, p, normalized(A)) if D is None else D,
+            "b_x": torch.zeros(n, dtype=A.dtype, device=A.device) if b_x is None else b_x,
+            "b_y": torch.zeros(q, dtype=A.dtype, device=A.device) if b_y is None else b_y,
+        }
+        self._hold({name: copied(tensor) for name, tensor in given.items()}, blocks)
+
+    def _hold(self, tensors: dict[str, Tensor], blocks: Activation | Sequence[tuple[Activation, int]]) -> None:
+        tensors |= well_formed(tensors)
+        # By the instance's own dictionary, since nothing of it can be set.
+        vars(self).update(
+            _tensors=tensors,
+            _versions=[version(tensor) for tensor in tensors.values()],
+            blocks=blocks_given(blocks, tensors["A"].shape[0]),
+        )
         check_form(self)
+
+    def _unchanged(self) -> dict[str, Tensor]:
+        """The tensors, which are what they were when the model was made."""
+        tensors = self._tensors
+        for (name, tensor), before in zip(tensors.items(), self._versions, strict=True):
+            if version(tensor) != before:
+                raise wrong(
+                    WHO, f"{name} as it was when the model was made", "one that was written to in place",
+                    f"A model does not change; make another with replace({name}=…).",
+                )  # fmt: skip
+        return tensors
+
+    def __setattr__(self, name: str, value: object) -> None:
+        do = f"Make another with replace({name}=…)." if name in (*_TENSORS, "blocks") else ""
+        raise ImmutableError(str(wrong(WHO, "a model to stay as it was made", f"{name} to be set", do)))
+
+    def __delattr__(self, name: str) -> None:
+        raise ImmutableError(str(wrong(WHO, "a model to stay as it was made", f"{name} to be deleted")))
 
     @classmethod
     def affine(cls, D: Tensor, b_y: Tensor | None = None) -> StateSpace:
@@ -149,7 +186,16 @@ class StateSpace:
 
     def replace(self, **changes: Any) -> StateSpace:
         """A model with some of A, B, C, D, b_x, b_y and blocks changed."""
-        return type(self)(**{name: getattr(self, name) for name in _FIELDS} | changes)
+        return self.holding(**{name: copied(given) for name, given in changes.items()})
+
+    def holding(self, **changes: Any) -> StateSpace:
+        """As `replace`, for tensors that were made for it, which it need not copy."""
+        if unknown := changes.keys() - {*_TENSORS, "blocks"}:
+            raise wrong(WHO, f"changes of {', '.join(_TENSORS)} and blocks", ", ".join(sorted(unknown)))
+        blocks = changes.pop("blocks", self.blocks)
+        other = object.__new__(type(self))
+        other._hold(self._unchanged() | changes, blocks)
+        return other
 
     def to(self, *where: Any, **how: Any) -> StateSpace:
         """The model on another device or in another dtype, with the arguments of `torch.Tensor.to`."""
@@ -240,11 +286,13 @@ class StateSpace:
 
     def __reduce__(self) -> Any:
         # Without what was derived from the matrices.
-        return type(self), tuple(getattr(self, name) for name in _FIELDS)
+        return type(self), (*self._unchanged().values(), self.blocks)
 
     @cached_property
     def _frozen_order(self) -> list[Component]:
-        return self._planned()
+        # Made in inference mode, it could not be used outside of it.
+        with torch.inference_mode(False):
+            return self._planned()
 
     def _order(self) -> list[Component]:
         # What is kept must not hold a graph, which the first backward would free.
@@ -266,19 +314,27 @@ class StateSpace:
         b = linear(u, self.B, self.b_x)
         return solve_in_order(self._order(), b, self.sizes, x0, solver, adjoint, on_failure)
 
-    def flat(self, u: Tensor) -> Tensor:
+    def flat(self, given: Tensor) -> Tensor:
         """An input (batch, \\*any) as rows (batch, p), checked."""
-        if not isinstance(u, Tensor):
-            raise wrong(WHO, f"u to be a tensor of shape (batch, p={self.p})", type(u).__name__)
-        u = u.flatten(1) if u.dim() > 2 else u
+        if not isinstance(given, Tensor):
+            raise wrong(WHO, f"u to be a tensor of shape (batch, p={self.p})", type(given).__name__)
+        u = given.flatten(1) if given.dim() > 2 else given
         if u.dim() != 2 or u.shape[1] != self.p or u.shape[0] == 0:
-            raise wrong(WHO, f"u of shape (batch ≥ 1, p={self.p})", tuple(u.shape))
+            raise wrong(WHO, f"u of shape (batch ≥ 1, p={self.p})", tuple(given.shape), _layout(given, self.p))
         _checks.same_place(WHO, "u", u, self.A)
         _checks.finite(WHO, "u", u)
         return u
 
     def _mapped(self, f: Callable[[Tensor], Tensor]) -> StateSpace:
-        return self.replace(**{name: f(getattr(self, name)) for name in _FIELDS if name != "blocks"})
+        return self.holding(**{name: f(tensor) for name, tensor in self._unchanged().items()})
 
 
-_FIELDS = ("A", "B", "C", "D", "b_x", "b_y", "blocks")
+def _layout(u: Tensor, p: int) -> str:
+    """How an input that does not fit is given."""
+    if u.numel() == 0:
+        return "Give at least one sample, batch first."
+    if u.dim() == 1 and len(u) == p:
+        return "One sample is a batch of one: u.unsqueeze(0)."
+    if u.dim() > 2 and u.shape[-1] == p:
+        return f"Samples stand along one dimension: u.flatten(0, {u.dim() - 2})."
+    return f"Pass {p} features a sample."
