@@ -417,12 +417,6 @@ class First(nn.Module):
         return self.of(x)[0]
 
 
-def in_place_through_a_view(x):
-    x = x * 1
-    x.view(x.size(0), -1).relu_()
-    return x
-
-
 REFUSED = {
     "softmax": (inside(nn.Softmax(-1)), "Softmax at '1.0': each of its outputs depends on all inputs of a sum"),
     "layer norm": (inside(nn.ReLU(), nn.LayerNorm(4)), "LayerNorm at '1.1': it divides by a statistic of its own input"),
@@ -434,7 +428,7 @@ REFUSED = {
     "functional softmax": (inside(Function(lambda x: x.softmax(1))), "Function at '1.0': each of its outputs depends"),
     "product": (inside(Function(lambda x: x * x.relu())), "Function at '1.0': a product of two values"),
     "quotient": (Function(lambda x: 1 / x), "Function at the module itself: a quotient by a value"),
-    "matrix product": (Function(lambda x: x @ x.t() @ x), "there is no rule for t. Convert the parts before and after"),
+    "matrix product": (Function(lambda x: x @ x.t() @ x), "it does not keep the samples apart"),
     "weights from the input": (Function(lambda x: F.linear(x, x)[:, :1]), "its weights depend on the input"),
     "unknown": (Function(torch.exp), "there is no rule for exp. Convert the parts before and after it."),
     "control flow": (
@@ -449,9 +443,9 @@ REFUSED = {
     "no channels": (nn.MaxPool1d(2), "a batch of images without channels"),
     "training, batch norm": (inside(nn.BatchNorm1d(4)), "BatchNorm1d at '1.0': it is in training mode. Call eval()"),
     "training, dropout": (inside(nn.Dropout()), "Dropout at '1.0': it is in training mode. Call eval()"),
-    "functional dropout": (Function(F.dropout), "dropout in training mode is random. Call eval()"),
+    "functional dropout": (Function(F.dropout), "dropout in training mode is random. Give it training=self.training"),
     "batch statistics": (
-        nn.BatchNorm1d(4, track_running_stats=False).eval(), "BatchNorm divides by statistics of the batch"
+        nn.BatchNorm1d(4, track_running_stats=False).eval(), "BatchNorm without running statistics"
     ),
     "mean over the batch": (Function(lambda x: x - x.mean()), "it sums over the batch"),
     "samples in another order": (Function(lambda x: x.flip(0)), "it does not keep the samples apart"),
@@ -464,7 +458,6 @@ REFUSED = {
         nn.Sequential(nn.Unflatten(1, (2, 2)), First(nn.RNN(2, 3))), "its samples do not come first. Build it with batch_first"
     ),
     "batch size as a number": (Function(lambda x: x / x.size(0)), "taken one by one, describe, got outputs that differ"),
-    "view": (Function(in_place_through_a_view), "got outputs that differ by .* seen through a view"),
     "two outputs": (Function(lambda x: (x, x)), "a module that returns one tensor of shape .batch=2, .any., got tuple"),
     "sums over samples": (Function(lambda x: x.sum(0)), "one tensor of shape .batch=2, .any., got .4,."),
     "no module": (torch.relu, "from_module: expected a torch.nn.Module, got builtin"),

@@ -3,51 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...activations import Activation
-from ..blocks import Block
+from ..blocks import Block, joined
 from ..matrices import assemble, coo, entries, linear, product, zeros
 from ..space import StateSpace
+
+# Of eps: a ResNet-18 is off by 10, and the rest is room for values that cancel.
+ROUNDING = 4096
 
 
 class NoFormError(Exception):
     """Why an operation has no implicit form, as "<reason>. <advice>."; its place in the module is added above."""
 
 
-@dataclass
 class Network:
     """The states that were found so far, in the order in which the network computes them.
+
+    Arguments:
+        inputs: (batch, \\*features) that the network is run on beside: what its operations make of them says where they
+            write, what they share, and whether the rules are right.
 
     Attributes:
         p: features of the input.
         like: an empty tensor of the network's dtype and device.
-        batch: how many samples the shapes have that the network sees; its value must not matter.
+        batch: how many samples the network sees; its value must not matter.
         layers: blocks, the rows of [B, A] and the bias of each group of states; columns are the input's features and
             then the states in their order, so that later ones need not be known.
+        values: (batch, p + states) of the input and the states.
+        largest: the largest entry that the network has met, which rounding is relative to.
     """
 
-    p: int
-    like: Tensor
-    batch: int
-    layers: list[tuple[tuple[Block, ...], Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self, inputs: Tensor) -> None:
+        self.values = inputs.flatten(1)
+        self.p, self.batch = self.values.shape[1], len(inputs)
+        self.like = inputs.new_empty(0)
+        self.layers: list[tuple[tuple[Block, ...], Tensor, Tensor]] = []
+        self.largest = max(1.0, float(inputs.abs().max()))
 
     @property
     def width(self) -> int:
-        return self.p + sum(len(b) for _, _, b in self.layers)
+        return self.values.shape[1]
 
-    def append(self, blocks: tuple[Block, ...], M: Tensor, b: Tensor) -> Affine:
-        """The states φ(M[u; x] + b), as a new value."""
+    def input(self, features: Sequence[int]) -> Affine:
+        places = torch.arange(self.p, device=self.like.device)
+        identity = coo(places, places, self.like.new_ones(self.p), (self.p, self.p))
+        return Affine(self, identity, self.like.new_zeros(self.p), tuple(features))
+
+    def append(self, blocks: tuple[Block, ...], M: Tensor, b: Tensor, values: Tensor | None = None) -> Affine:
+        """The states φ(M[u; x] + b), as a new value; their values are given where they depend on each other."""
         start, size = self.width, len(b)
+        if values is None:
+            with torch.no_grad():
+                values = joined(blocks).phi(self._product(M, b))
         self.layers.append((blocks, M, b))
+        self.values = torch.cat((self.values, values), 1)
         rows = torch.arange(size, device=self.like.device)
         ones = torch.ones(size, dtype=self.like.dtype, device=self.like.device)
         return Affine(self, coo(rows, rows + start, ones, (size, start + size)), torch.zeros_like(ones), (size,))
+
+    def evaluated(self, value: Affine) -> Tensor:
+        """(batch, \\*features) the value for the inputs that the network is run on."""
+        with torch.no_grad():
+            return self._product(value.M, value.c).reshape(value.shape)
+
+    def _product(self, M: Tensor, b: Tensor) -> Tensor:
+        return linear(self.values[:, : M.shape[1]], M, b)
+
+    def far(self, found: Tensor, expected: Tensor) -> float | None:
+        """The largest difference where it is more than rounding, else None."""
+        self.largest = max(self.largest, float(expected.abs().max()) if expected.numel() else 0.0)
+        gap = float((found - expected).abs().max()) if expected.numel() else 0.0
+        return None if gap <= ROUNDING * torch.finfo(self.like.dtype).eps * self.largest else gap
 
     def sample(self, constant: Tensor) -> Tensor:
         """One sample of a constant that has a dimension for the batch; all must be alike."""
@@ -90,13 +121,9 @@ class Network:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Affine:
-    """A tensor (batch, *features) whose samples, flattened, are M[u; x] + c; x are the states found so far.
-
-    It takes the place of the tensor when the network's modules and functions are run: torch hands their operations to
-    `__torch_function__`, and `rules` says what each makes of it.
-    """
+    """A tensor (batch, \\*features) whose samples, flattened, are M[u; x] + c; x are the states found so far."""
 
     net: Network
     M: Tensor
@@ -118,30 +145,6 @@ class Affine:
     @property
     def device(self) -> torch.device:
         return self.net.like.device
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __getattr__(self, name: str) -> Any:
-        # Methods of tensors.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return partial(_apply, name, self)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # An operation of an exported program has its overload's name behind its own.
-        return _apply(function.__name__.partition(".")[0], *args, **(kwargs or {}))
-
-    def become(self, other: Affine) -> Affine:
-        """What an operation in place does to a tensor."""
-        self.M, self.c, self.features = other.M, other.c, other.features
-        return self
 
     def applied(self, L: Tensor, b: Tensor | None = None, features: tuple[int, ...] | None = None) -> Affine:
         """Lv + b for v flattened."""
@@ -171,7 +174,10 @@ class Affine:
         space, width = space.to_sparse(), self.net.width
         z = self.applied(space.B, space.b_x)
         M = assemble([[widened(z.M, width), space.A]], [space.n], [width, space.n])
-        return self.net.append(space.blocks, M, z.c).applied(space.C).plus(self.applied(space.D, space.b_y))
+        with torch.no_grad():
+            x = space.solve(self.net.evaluated(self)).value
+        assert isinstance(x, Tensor)
+        return self.net.append(space.blocks, M, z.c, x).applied(space.C).plus(self.applied(space.D, space.b_y))
 
     def gathered(self, index: Tensor) -> Affine:
         """Entries of it, flattened, by their number; −1 stands for a zero."""
@@ -184,24 +190,29 @@ class Affine:
         """A tensor of its shape that holds the place of each entry; to be moved about, and given to `moved`."""
         return torch.arange(self.net.batch * len(self.c), device=self.device).reshape(self.shape)
 
-    def moved(self, numbers: Tensor) -> Affine:
-        """The value whose entries come from the places that these numbers say."""
-        size, first = len(self.c), numbers[:1]
-        step = size * torch.arange(self.net.batch, device=self.device)
-        if len(numbers) != self.net.batch or not torch.equal(
-            numbers, first + step.reshape(-1, *[1] * (numbers.dim() - 1))
-        ):
+    def places(self, numbers: Tensor) -> Tensor:
+        """The place in a sample that each of these numbers is of, (\\*features), alike in all samples; −1 for none."""
+        first = numbers[:1]
+        step = len(self.c) * torch.arange(self.net.batch, device=self.device).reshape(-1, *[1] * (numbers.dim() - 1))
+        if len(numbers) != self.net.batch or not torch.equal(numbers, torch.where(first < 0, -1, first + step)):
             raise NoFormError("it does not keep the samples apart. Leave the first dimension to the batch")
-        index = first[0]
-        if torch.equal(index.reshape(-1), torch.arange(size, device=self.device)):
+        if bool((first >= len(self.c)).any()):
+            raise NoFormError("it does not keep the samples apart. Leave the first dimension to the batch")
+        return first[0]
+
+    def moved(self, numbers: Tensor) -> Affine:
+        """The value whose entries come from the places that these numbers say; −1 stands for a zero."""
+        index = self.places(numbers)
+        if torch.equal(index.reshape(-1), torch.arange(len(self.c), device=self.device)):
             return replace(self, features=tuple(index.shape))
         return self.gathered(index)
 
-
-def _apply(name: str, *args: Any, **kwargs: Any) -> Any:
-    from .rules import apply  # here, since the rules are written with this class
-
-    return apply(name, *args, **kwargs)
+    def written(self, numbers: Tensor, other: Affine) -> Affine:
+        """The value whose entries at these numbers are those of the other."""
+        index = self.places(numbers).reshape(-1)
+        select = torch.arange(len(self.c), device=self.device)
+        select[index] = len(self.c) + torch.arange(len(index), device=self.device)
+        return stacked([self, other]).gathered(select.reshape(self.features))
 
 
 def stacked(values: Sequence[Affine]) -> Affine:

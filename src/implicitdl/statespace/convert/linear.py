@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..matrices import coo
 from .affine import Affine, NoFormError
-from .windows import adaptive_axis, axis, in_channels, per_axis, windows
+from .windows import axis, per_axis, windows
 
 Rule = Callable[..., Any]
 
@@ -31,7 +30,7 @@ def linear(input: Affine, weight: Tensor, bias: Tensor | None = None) -> Affine:
 
 
 def conv(dims: int) -> Rule:
-    """Of images with so many dimensions: row (o, i), column (c, place δ of window i), entry W[o, c, δ]."""
+    """Of images with so many dimensions."""
 
     def rule(
         input: Affine,  # noqa: A002
@@ -43,7 +42,7 @@ def conv(dims: int) -> Rule:
         groups: int = 1,
     ) -> Affine:
         _same_everywhere(weight, bias)
-        channels, sizes = image(input, dims)
+        _, sizes = image(input, dims)
         kernel, stride, dilation = weight.shape[2:], per_axis(stride, dims), per_axis(dilation, dims)
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         if padding == "same":  # the odd one of the padding goes behind
@@ -52,52 +51,63 @@ def conv(dims: int) -> Rule:
             before = list(per_axis(0 if padding == "valid" else padding, dims))
             both = [2 * pad for pad in before]
         counts = [(s + b - t - 1) // j + 1 for s, b, t, j in zip(sizes, both, spans, stride, strict=True)]
-        axes = [axis(*each) for each in zip(counts, kernel, stride, before, dilation, strict=True)]
-        seen = windows(axes, sizes).to(input.device)
-        out, inside = weight.shape[0], weight.shape[1]
-        o = torch.arange(out, device=input.device)
-        channel = (o // (out // groups) * inside).unsqueeze(1) + torch.arange(inside, device=input.device)
-        place = seen + channel[:, :, None, None] * math.prod(sizes)  # (out, in, window, place)
-        i = torch.arange(len(seen), device=input.device).unsqueeze(1)
-        rows = o.reshape(-1, 1, 1, 1) * len(seen) + i
-        columns = torch.where(seen >= 0, place, -1)
-        values = weight.reshape(out, inside, 1, -1)
-        L = _matrix(rows, columns, values, (out * len(seen), channels * math.prod(sizes)))
-        return input.applied(L, None if bias is None else bias.repeat_interleave(len(seen)), (out, *counts))
+        L = _correlation(weight, sizes, counts, stride, before, dilation, groups)
+        return input.applied(L, _by_channel(bias, counts), (weight.shape[0], *counts))
 
     return rule
 
 
-def avg_pool(dims: int) -> Rule:
-    """The entries of a window have equal weights: what torch makes of an image of ones, over their number."""
+def conv_transpose(dims: int) -> Rule:
+    """The transpose of the convolution with the same options, from images of the size of its own results."""
 
     def rule(
         input: Affine,  # noqa: A002
-        kernel_size: Any,
-        stride: Any = None,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
         padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
     ) -> Affine:
-        channels, sizes = image(input, dims)
-        pool = F.avg_pool1d if dims == 1 else F.avg_pool2d
-        divisor = () if dims == 1 else (divisor_override,)
-        ones = torch.ones(1, 1, *sizes, dtype=torch.float64, device="cpu")
-        mean = pool(ones, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)[0, 0]
-        return _averaged(input, channels, sizes, pooling(mean.shape, kernel_size, stride, padding), mean)
+        _same_everywhere(weight, bias)
+        _, counts = image(input, dims)
+        stride, before, dilation, behind = (per_axis(o, dims) for o in (stride, padding, dilation, output_padding))
+        sizes = [
+            (i - 1) * j - 2 * b + d * (k - 1) + o + 1
+            for i, j, b, d, k, o in zip(counts, stride, before, dilation, weight.shape[2:], behind, strict=True)
+        ]
+        L = _correlation(weight, sizes, counts, stride, before, dilation, groups)
+        return input.applied(L.t().coalesce(), _by_channel(bias, sizes), (groups * weight.shape[1], *sizes))
 
     return rule
 
 
-def adaptive_avg_pool(dims: int) -> Rule:
-    def rule(input: Affine, output_size: Any) -> Affine:  # noqa: A002
-        channels, sizes = image(input, dims)
-        counts = [s if c is None else c for s, c in zip(sizes, per_axis(output_size, dims), strict=True)]
-        axes = [adaptive_axis(s, c) for s, c in zip(sizes, counts, strict=True)]
-        return _averaged(input, channels, sizes, axes, torch.ones(counts, dtype=torch.float64, device="cpu"))
+def _correlation(
+    weight: Tensor,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    stride: Sequence[int],
+    before: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Row (o, i), column (c, place δ of window i), entry W[o, c, δ], for images of these sizes and so many windows."""
+    axes = [axis(*each) for each in zip(counts, weight.shape[2:], stride, before, dilation, strict=True)]
+    seen = windows(axes, sizes).to(weight.device)
+    out, inside = weight.shape[0], weight.shape[1]
+    o = torch.arange(out, device=weight.device)
+    channel = (o // (out // groups) * inside).unsqueeze(1) + torch.arange(inside, device=weight.device)
+    place = seen + channel[:, :, None, None] * math.prod(sizes)  # (out, in, window, place)
+    i = torch.arange(len(seen), device=weight.device).unsqueeze(1)
+    rows = o.reshape(-1, 1, 1, 1) * len(seen) + i
+    columns = torch.where(seen >= 0, place, -1)
+    values = weight.reshape(out, inside, 1, -1)
+    return _matrix(rows, columns, values, (out * len(seen), groups * inside * math.prod(sizes)))
 
-    return rule
+
+def _by_channel(bias: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
+    return None if bias is None else bias.repeat_interleave(math.prod(sizes))
 
 
 def pooling(counts: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1) -> list[Tensor]:
@@ -116,16 +126,6 @@ def image(input: Affine, dims: int) -> tuple[int, tuple[int, ...]]:  # noqa: A00
             f"it takes a batch of images without channels, {tuple(input.shape)}. Add the dimension of channels"
         )
     return input.features[0], input.features[1:]
-
-
-def _averaged(value: Affine, channels: int, sizes: Sequence[int], axes: list[Tensor], mean_of_ones: Tensor) -> Affine:
-    seen = windows(axes, sizes)
-    weights = mean_of_ones.reshape(-1, 1) / (seen >= 0).sum(1, keepdim=True)
-    columns = in_channels(seen, channels, math.prod(sizes)).to(value.device)
-    rows = torch.arange(len(columns), device=value.device).unsqueeze(1)
-    values = weights.to(value.net.like).repeat(channels, 1)
-    L = _matrix(rows, columns, values, (len(columns), channels * math.prod(sizes)))
-    return value.applied(L, features=(channels, *mean_of_ones.shape))
 
 
 def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

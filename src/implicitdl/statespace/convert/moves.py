@@ -25,13 +25,9 @@ def move(name: str) -> Callable[..., Any]:
     return rule
 
 
-def identity(input: Affine) -> Affine:  # noqa: A002
-    return input
-
-
 def dropout(input: Affine, p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:  # noqa: A002
     if training and p > 0:
-        raise NoFormError("dropout in training mode is random. Call eval() first")
+        raise NoFormError("dropout in training mode is random. Give it training=self.training, and call eval() first")
     return input
 
 
@@ -45,8 +41,12 @@ def cat(tensors: Sequence[Affine | Tensor], dim: int = 0) -> Affine:
     return whole.moved(torch.cat([part.reshape(v.shape) for part, v in zip(parts, values, strict=True)], dim))
 
 
+def hstack(tensors: Sequence[Affine | Tensor]) -> Affine:
+    return cat(tensors, 1)
+
+
 def stack(tensors: Sequence[Affine], dim: int = 0) -> Affine:
-    return cat([move("unsqueeze")(value, dim) for value in tensors], dim)
+    return cat([v.unsqueeze(dim) if isinstance(v, Tensor) else move("unsqueeze")(v, dim) for v in tensors], dim)
 
 
 def pad(input: Affine, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:  # noqa: A002

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ...activations import RELU
 from .affine import Affine, NoFormError, stacked
 from .linear import image, pooling
-from .windows import in_channels, windows
+from .windows import adaptive_axis, in_channels, per_axis, windows
 
 
 def max_pool(dims: int) -> Callable[..., Affine]:
@@ -28,12 +28,24 @@ def max_pool(dims: int) -> Callable[..., Affine]:
         if return_indices:
             raise NoFormError("places of maxima jump with the input. Ask for the maxima alone")
         channels, sizes = image(input, dims)
-        pool = F.max_pool1d if dims == 1 else F.max_pool2d
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
         zeros = torch.zeros(1, 1, *sizes, dtype=torch.float32, device="cpu")
         counts = pool(zeros, kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
         seen = windows(pooling(counts, kernel_size, stride, padding, dilation), sizes)
         table = in_channels(seen, channels, math.prod(sizes)).to(input.device)
         return largest(input, table, (channels, *counts))
+
+    return rule
+
+
+def adaptive_max_pool(dims: int) -> Callable[..., Affine]:
+    def rule(input: Affine, output_size: Any, return_indices: bool = False) -> Affine:  # noqa: A002
+        if return_indices:
+            raise NoFormError("places of maxima jump with the input. Ask for the maxima alone")
+        channels, sizes = image(input, dims)
+        counts = [s if c is None else c for s, c in zip(sizes, per_axis(output_size, dims), strict=True)]
+        seen = windows([adaptive_axis(s, c) for s, c in zip(sizes, counts, strict=True)], sizes)
+        return largest(input, in_channels(seen, channels, math.prod(sizes)).to(input.device), (channels, *counts))
 
     return rule
 

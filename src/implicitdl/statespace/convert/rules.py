@@ -6,28 +6,41 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from ...activations import RELU, SIGMOID, SILU, TANH
 from . import elementwise, linear, moves, pooling, recurrence
 from .affine import Affine, NoFormError
+from .read_off import Function, affine, plane_by_plane
+from .read_off import moves as moves_of
 
-MOVES = (
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "movedim", "chunk",
-    "split", "narrow", "select", "unbind", "flip", "roll", "expand", "index_select", "contiguous", "repeat",
-)  # fmt: skip
+# What only moves entries, where it copies; where it gives a view, torch itself says so.
+MOVES = {
+    "reshape", "flatten", "unflatten", "contiguous", "clone", "repeat", "tile", "repeat_interleave", "roll", "flip",
+    "fliplr", "flipud", "rot90", "index_select", "getitem", "gather", "take_along_dim", "ravel", "unfold", "tril",
+    "triu", "diag_embed", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
+    "constant_pad_nd",
+}  # fmt: skip
 
+# What is affine in the arguments that depend on the input, where the others are constants.
+AFFINE = {
+    "matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "inner", "bilinear", "kron", "cross",
+    "lerp", "addcmul", "cumsum", "diff", "fold", "where", "masked_fill", "index_add", "scatter_add", "index_copy",
+    "trapezoid",
+}  # fmt: skip
 
-def new_zeros(input: Affine, *size: Any) -> Tensor:  # noqa: A002
-    return input.net.like.new_zeros(*size)
+# What is affine and does the same to every channel of an image.
+PLANES = {
+    "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3,
+    "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3,
+    "interpolate": None, "upsample": None, "upsample_nearest": None, "upsample_bilinear": None,
+}  # fmt: skip
 
-
-def matmul(input: Affine, other: Tensor) -> Affine:  # noqa: A002 (torch's name)
-    """By a constant matrix from the right."""
-    if not isinstance(input, Affine) or isinstance(other, Affine) or other.dim() != 2:
-        raise NoFormError("a matrix product is affine with a constant matrix on its right only. Leave it out")
-    return linear.linear(input, other.t())
-
+# What makes constants of a shape, and what tells no more than shapes and kinds.
+CONSTANTS = {"new_zeros", "new_ones", "new_full", "new_tensor", "zeros_like", "ones_like", "full_like"}
+SHAPES = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
+    "is_floating_point", "is_complex", "get_device", "type", "is_tensor", "is_signed", "is_inference", "is_pinned",
+}  # fmt: skip
+VIEW_ATTRIBUTES = {"T", "mT", "H", "mH"}
 
 RULES: dict[str, Callable[..., Any]] = {
     "relu": elementwise.activation(RELU),
@@ -36,8 +49,19 @@ RULES: dict[str, Callable[..., Any]] = {
     "silu": elementwise.activation(SILU),
     "relu6": elementwise.relu6,
     "leaky_relu": elementwise.leaky_relu,
+    "prelu": elementwise.prelu,
+    "rrelu": elementwise.rrelu,
+    "abs": elementwise.absolute,
+    "maximum": elementwise.maximum,
+    "minimum": elementwise.minimum,
+    "hardsigmoid": elementwise.hardsigmoid,
+    "softshrink": elementwise.softshrink,
+    "tanhshrink": elementwise.tanhshrink,
+    "celu": elementwise.elu,
     "hardtanh": elementwise.hardtanh,
     "clamp": elementwise.clamp,
+    "clamp_min": elementwise.clamp_min,
+    "clamp_max": elementwise.clamp_max,
     "elu": elementwise.elu,
     "softplus": elementwise.softplus,
     "gelu": elementwise.gelu,
@@ -47,20 +71,17 @@ RULES: dict[str, Callable[..., Any]] = {
     "mul": elementwise.mul,
     "div": elementwise.div,
     "neg": elementwise.neg,
+    "copy": elementwise.copy,
+    "zero": elementwise.zero,
     "batch_norm": elementwise.batch_norm,
+    "instance_norm": elementwise.instance_norm,
     "linear": linear.linear,
-    "matmul": matmul,
-    "conv1d": linear.conv(1),
-    "conv2d": linear.conv(2),
-    "avg_pool1d": linear.avg_pool(1),
-    "avg_pool2d": linear.avg_pool(2),
-    "adaptive_avg_pool1d": linear.adaptive_avg_pool(1),
-    "adaptive_avg_pool2d": linear.adaptive_avg_pool(2),
-    "max_pool1d": pooling.max_pool(1),
-    "max_pool2d": pooling.max_pool(2),
-    "getitem": moves.move("__getitem__"),
-    "new_zeros": new_zeros,
+    **{f"conv{d}d": linear.conv(d) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": linear.conv_transpose(d) for d in (1, 2, 3)},
+    **{f"max_pool{d}d": pooling.max_pool(d) for d in (1, 2, 3)},
+    **{f"adaptive_max_pool{d}d": pooling.adaptive_max_pool(d) for d in (1, 2, 3)},
     "cat": moves.cat,
+    "hstack": moves.hstack,
     "stack": moves.stack,
     "pad": moves.pad,
     "sum": moves.sum,
@@ -68,17 +89,21 @@ RULES: dict[str, Callable[..., Any]] = {
     "dropout": moves.dropout,
     "dropout1d": moves.dropout,
     "dropout2d": moves.dropout,
+    "dropout3d": moves.dropout,
     "alpha_dropout": moves.dropout,
-    "clone": moves.identity,
+    "feature_alpha_dropout": moves.dropout,
     "rnn_tanh": recurrence.rnn(TANH),
     "rnn_relu": recurrence.rnn(RELU),
     "rnn_tanh_cell": recurrence.cell(TANH),
     "rnn_relu_cell": recurrence.cell(RELU),
-    **{name: moves.move(name) for name in MOVES},
 }
 
-# Other names of the same operations: those of Python's operators, and in place.
-_ALIASES = {"truediv": "div", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+# Other names of the same operations: those of Python's operators, and torch's own.
+_ALIASES = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "absolute": "abs",
+    "clip": "clamp", "concat": "cat", "concatenate": "cat", "__getitem__": "getitem",
+}  # fmt: skip
 
 # What is asked for most, with the reason why it cannot be had.
 _PRODUCT = "it multiplies values that depend on the input, which is neither affine nor elementwise"
@@ -91,11 +116,10 @@ REASONS = {
     "layer_norm": _STATISTICS,
     "rms_norm": _STATISTICS,
     "group_norm": _STATISTICS,
-    "instance_norm": _STATISTICS,
     "normalize": _STATISTICS,
     "scaled_dot_product_attention": _PRODUCT,
     "multi_head_attention_forward": _PRODUCT,
-    "bmm": _PRODUCT,
+    "detach": "it keeps gradients from the weights before it, which the matrices would not",
     "lstm": _PRODUCT,
     "gru": _PRODUCT,
 }
@@ -105,17 +129,38 @@ def no_rule(name: str) -> NoFormError:
     return NoFormError(f"{REASONS.get(name, f'there is no rule for {name}')}. Convert the parts before and after it")
 
 
-def apply(name: str, *args: Any, **kwargs: Any) -> Any:
-    """What the operation makes of its arguments, at least one of which is an `Affine`."""
-    plain = name if name.startswith("__") else name.removesuffix("_")
+def rule_of(name: str, in_place: bool) -> Callable[..., Any]:
+    """What the operation makes of the values of its arguments; called with torch's function and them."""
+    plain = name.removesuffix("_") if in_place and not name.endswith("__") else name
     plain = _ALIASES.get(plain, plain)
     rule = RULES.get(plain)
-    if rule is None:
-        raise no_rule(plain)
-    try:
-        options = inspect.signature(rule).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise NoFormError(f"{name} is not known with these options ({error}). Leave them at their defaults") from error
-    value = rule(*args, **kwargs)
-    in_place = name != plain and (name.endswith("_") or name.startswith("i"))
-    return args[0].become(value) if in_place or options.get("inplace") else value
+    if rule is not None:
+        return _worded(name, rule)
+    if plain in PLANES:
+        return _planes(PLANES[plain])
+    if plain in MOVES:
+        return moves_of
+    if plain in AFFINE:
+        return affine
+    raise no_rule(plain)
+
+
+def _worded(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    def known(function: Function, *args: Any, **kwargs: Any) -> Any:
+        try:
+            inspect.signature(rule).bind(*args, **kwargs)
+        except TypeError as error:
+            raise NoFormError(
+                f"{name} is not known with these options ({error}). Leave them at their defaults"
+            ) from error
+        return rule(*args, **kwargs)
+
+    return known
+
+
+def _planes(dims: int | None) -> Callable[..., Any]:
+    def rule(function: Function, input: Affine, *args: Any, **kwargs: Any) -> Affine:  # noqa: A002 (torch's name)
+        linear.image(input, len(input.features) - 1 if dims is None else dims)
+        return plane_by_plane(function, input, *args, **kwargs)
+
+    return rule
