@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._checks import wrong
 from ._context import autocast_dtype
+from .contract import Contract
 from .frozen import Frozen
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -30,6 +30,7 @@ class RowsOf:
         like: a state, for its shapes.
         args: tensors (batch, ...).
         independent: the promise that no sample influences another, which is not looked at then.
+        contract: what f is held to in the solve that these rows are part of; one of their own when left out.
 
     Attributes:
         precision: that of autocast, under which values of float32 have fewer digits than they show; None outside.
@@ -45,6 +46,7 @@ class RowsOf:
         args: tuple[Tensor, ...],
         independent: bool = False,
         part_of: _PartOf | None = None,
+        contract: Contract | None = None,
     ) -> None:
         self._who, self._args, self.independent = who, args, independent
         self._part_of = part_of
@@ -53,7 +55,10 @@ class RowsOf:
         self._f = f if isinstance(f, Frozen) else Frozen(f)
         # Whether f is −g of a root problem, and not a map with a fixed point.
         self.root = self._f.root
-        self._tuple = isinstance(like, tuple)
+        self._contract = Contract(who) if contract is None else contract
+        self._build: Callable[..., Any] | None = None  # of a NamedTuple, f is given one
+        if isinstance(like, tuple):
+            self._build = getattr(like, "_make", tuple)
         parts = like if isinstance(like, tuple) else (like,)
         self._shapes = [part.shape[1:] for part in parts]
         self.precision = autocast_dtype(parts[0].device)
@@ -73,30 +78,16 @@ class RowsOf:
         return self._part_of(rows)
 
     def _evaluate(self, rows: Tensor) -> Tensor:
-        if rows.is_inference():  # without a version that would tell
-            rows = rows.clone()
-        before = None if rows.is_inference() else rows._version
-        fx: Any = self._f(self.leave(rows), *self._args)
-        if before is not None and rows._version != before:
-            raise wrong(
-                self._who, "f to leave its argument x as it is", "an operation on it in place",
-                "Write x * 2 for x.mul_(2), and ReLU() for ReLU(inplace=True) where it meets the state.",
-            )  # fmt: skip
-        parts = fx if isinstance(fx, tuple) else (fx,)
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise wrong(self._who, "f to return a tensor, or a tuple of them", [type(part).__name__ for part in parts])
-        expected = [(len(rows), *shape) for shape in self._shapes]
-        if [part.shape for part in parts] != expected:
-            raise wrong(self._who, f"f to return shape {expected}", [tuple(part.shape) for part in parts])
-        return self._pack(parts)
+        return self._pack(self._contract(self._f, self.leave(rows), self._args))
 
     def take(self, rows: Tensor) -> RowsOf | None:
         if not (self._args and self._divisible and self._f.divisible):
             return None
         part_of = None if self._last is None else _PartOf(self._evaluate, self._last.detach(), rows)
-        like = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
-        args = tuple(arg[rows] for arg in self._args)
-        return RowsOf(self._who, self._f, like if self._tuple else like[0], args, self.independent, part_of)
+        parts = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
+        args = tuple(arg.index_select(0, rows) for arg in self._args)
+        like = self._build(parts) if self._build else parts[0]
+        return RowsOf(self._who, self._f, like, args, self.independent, part_of, self._contract)
 
     @property
     def parts(self) -> tuple[slice, ...] | None:
@@ -110,10 +101,11 @@ class RowsOf:
         return self._pack(x if isinstance(x, tuple) else (x,))
 
     def leave(self, rows: Tensor) -> State:
-        if not self._tuple:
+        if self._build is None:
             return rows.view(-1, *self._shapes[0])
-        sizes = [prod(shape) for shape in self._shapes]
-        return tuple(part.reshape(-1, *shape) for part, shape in zip(rows.split(sizes, 1), self._shapes, strict=True))
+        parts = rows.split([prod(shape) for shape in self._shapes], 1)
+        state: State = self._build(part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
+        return state
 
     def settle(self) -> None:
         """The solve is over: f's running statistics are those of its last evaluation."""
