@@ -213,6 +213,11 @@ class TestAMapThatWorksInPlace:
         with torch.inference_mode(), pytest.raises(ArgumentError, match=r"expected f to leave its argument x"):
             fixed_point(lambda x, u: x.mul_(0.5).add_(u), torch.randn(3, 4), torch.randn(3, 4))
 
+    def test_may_do_so_on_what_it_made_itself(self):
+        u = torch.randn(3, 4, requires_grad=True)
+        solution = fixed_point(lambda x, u: (0.5 * x + u).relu_(), torch.zeros(3, 4), u)
+        assert torch.allclose(solution.value, 2 * u.relu())
+
 
 def test_a_map_that_returns_nothing_is_worded():
     with pytest.raises(ArgumentError, match=r"expected f to return a tensor, or a tuple of them, got \['NoneType'\]"):

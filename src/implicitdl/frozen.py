@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ._checks import wrong
+
 # Containers of more entries than this hold data, not layers.
 _LAYERS_AT_MOST = 1000
+# Torch's generators belong to all threads: a solve that sets them back has them to itself for one evaluation.
+_GENERATORS = RLock()
 _FUNCTIONS = (FunctionType, MethodType, partial)
 
 
@@ -44,6 +49,7 @@ class Frozen:
         self.root = bool(getattr(f, "root", False))
         # The generators before the first evaluation; None where it drew nothing.
         self._noise: list[Tensor] | None = None
+        self._drawn: list[Tensor] = []  # and after it
         # The buffers that an evaluation may move, and after the first one those that it moves.
         self._buffers = _held(module for module in self._modules if module.training)
         self._modes = self._training()
@@ -78,19 +84,31 @@ class Frozen:
         device = _device(args[0])
         if self._first:
             self._first = False
-            before = _generators(device)
-            fx = self._evaluate(args)
-            if not all(map(torch.equal, before, _generators(device))):
-                self._noise = before
+            with _GENERATORS:
+                before = _generators(device)
+                fx = self._evaluate(args)
+                after = _generators(device)
+            if not _equal(before, after):
+                self._noise, self._drawn = before, after
             self._buffers = [held for held in self._buffers if not torch.equal(held.before, held.after)]
             return fx
         if self._noise is None:
             return self._evaluate(args)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.set_rng_state(self._noise[0])
             for state in self._noise[1:]:
                 torch.cuda.set_rng_state(state, device)
-            return self._evaluate(args)
+            fx = self._evaluate(args)
+            drawn = _generators(device)
+        if not _equal(drawn, self._drawn):
+            if _equal(drawn, self._noise):  # it was another thread that drew in the first evaluation, and not f
+                self._noise = None
+                return fx
+            raise wrong(
+                "f", "the same noise in every evaluation", "other draws than in the first one",
+                "Draw from torch's generators in one thread at a time, and as often whatever x is.",
+            )  # fmt: skip
+        return fx
 
     def settle(self) -> None:
         """Give the Modules the buffers of the last evaluation, once, where the solve is over."""
@@ -202,3 +220,7 @@ def _device(x: Tensor | tuple[Tensor, ...]) -> torch.device:
 def _generators(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _equal(states: list[Tensor], others: list[Tensor]) -> bool:
+    return all(map(torch.equal, states, others))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import wrong
 from ._context import autocast_dtype
 from .rowmap import Linearization, RowMap
 
@@ -112,11 +113,14 @@ class _LinearMap:
 
 
 class _Source(torch.autograd.Function):
-    """Identity that lets no gradient through: the point of linearisation is not a variable of the user's."""
+    """Identity that lets no gradient through: the point of linearisation is not a variable of the user's.
+
+    A copy, since the user may change the solution in place, and f's graph keeps this one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> None:
@@ -128,8 +132,20 @@ def vjp(y: Tensor, x: Tensor, v: Tensor, *, create_graph: bool) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
     with torch.enable_grad():
-        (product,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        try:
+            (product,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise _reentrant() from error
+            raise
     return torch.zeros_like(x) if product is None else product
+
+
+def _reentrant() -> Exception:
+    return wrong(
+        "backward", "checkpoint(..., use_reentrant=False) inside f", "use_reentrant=True",
+        "Its weights get a gradient in .backward() alone, and an adjoint solve asks for products.",
+    )  # fmt: skip
 
 
 def _depends_on_more_than(y: Tensor, x: Tensor) -> bool:
@@ -140,6 +156,8 @@ def _depends_on_more_than(y: Tensor, x: Tensor) -> bool:
         node = stack.pop()
         if node is None or node is behind_x or node in seen:
             continue
+        if node.name() == "CheckpointFunctionBackward":  # its weights are not in the graph
+            raise _reentrant()
         seen.add(node)
         if not node.next_functions:  # an AccumulateGrad: a leaf
             return True

@@ -141,7 +141,7 @@ class AttachInClosedForm(torch.autograd.Function):
     def forward(ctx: Any, at: Any, x: Tensor, backward: Callable[[Tensor], Tensor], *weights: Tensor) -> Tensor:
         ctx.at, ctx.solve = at, backward
         ctx.save_for_backward(*weights, x)
-        return x.detach()
+        return x.clone()  # what the user does to it in place must not reach the x that backward reads
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ class FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(v: Tensor, *depends_on: Tensor) -> Tensor:
-        return v.view_as(v)
+        return v.clone()  # a view made in a Function may not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -60,7 +60,7 @@ class _NewtonStep(torch.autograd.Function):
     ) -> Tensor:
         ctx.solve = backward
         ctx.save_for_backward(fx, point)
-        return x.detach()
+        return x.clone()  # the user may change it in place, and backward reads the point
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

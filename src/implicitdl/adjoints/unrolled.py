@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import wrong
 from ..iterate import iterate
+from ..linearize import vjp
 from ..outcome import Outcome
 from ..rowmap import RowMap
 from ..solution import BackwardReport, OnFailure
@@ -24,7 +25,9 @@ class Unrolled(Adjoint):
 
     Bias: it is the gradient of the last iterate, which approaches the solution's as the solve converges.  With Picard
     so do derivatives of every order; those of an accelerated solver also contain its coefficients, whose second
-    derivatives do not settle.  Cost: what f keeps for backward is kept for every evaluation, and each is gone back
+    derivatives do not settle.  A row that starts at its solution takes no steps there: it is given as many plain steps
+    at the solution as its derivative needs.  From a start near the solution there are few steps, and the gradient is
+    short of what they leave of it.  Cost: what f keeps for backward is kept for every evaluation, and each is gone back
     through once.
 
     Arguments:
@@ -44,8 +47,35 @@ class Unrolled(Adjoint):
                 "Unrolled", "a map that is iterated", "a triangular equilibrium, solved by substitution",
                 "Use ImplicitAdjoint(), which costs one substitution.",
             )  # fmt: skip
-        outcome = iterate(_Recomputed(f) if self.checkpoint else f, x0, solver, trace=trace)
-        return outcome.x, outcome
+        steps = _Recomputed(f) if self.checkpoint else f
+        outcome = iterate(steps, x0, solver, trace=trace)
+        if not torch.is_grad_enabled():
+            return outcome.x, outcome
+        # A row that stands at its solution from the start, or was set to zero, has not come there by steps.
+        still = (outcome.figures.steps == 1) | (outcome.x == 0).all(dim=1)
+        still = (still & outcome.figures.converged).unsqueeze(1)
+        if not still.any():
+            return outcome.x, outcome
+        x = end = outcome.x.detach()
+        for _ in range(_steps_to_settle(f, end, still, outcome.rtol, solver.max_steps)):
+            x = steps(x)
+        return torch.where(still, end + (x - x.detach()), outcome.x), outcome
+
+
+def _steps_to_settle(f: RowMap, x: Tensor, still: Tensor, rtol: float, max_steps: int) -> int:
+    """Plain steps at the solution after which the derivative stands still too: a random cotangent has vanished."""
+    point = x.clone().requires_grad_()
+    fx = f(point)
+    v = torch.where(still, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x), 0.0)
+    enough = rtol * torch.linalg.vector_norm(v, dim=1)
+    for count in range(1, max_steps + 1):
+        v = vjp(fx, point, v, create_graph=False)
+        if bool((torch.linalg.vector_norm(v, dim=1) <= enough).all()):
+            return count
+    raise wrong(
+        "Unrolled", f"a map that contracts to {rtol:.0e} in {max_steps} steps where a row starts at its solution",
+        "one whose steps leave more of a derivative", "Start elsewhere, or use ImplicitAdjoint().",
+    )  # fmt: skip
 
 
 class _Recomputed:

@@ -146,9 +146,10 @@ def _difference(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _least_squares(gram: Tensor, rhs: Tensor, valid: Tensor) -> Tensor:
     """γ of argmin ‖r − ΔRᵀγ‖ from G = ΔR ΔRᵀ and ΔR r, ignoring slots that hold nothing."""
-    scale = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    use = valid & (scale > 0)
-    inverse = torch.where(use, scale.clamp(min=torch.finfo(scale.dtype).tiny).reciprocal(), 0.0)
+    square = gram.diagonal(dim1=1, dim2=2)
+    use = valid & (square > 0)
+    # 1 in the place of what is not used: the derivative of a root is infinite at 0, also where nothing is made of it.
+    inverse = torch.where(use, torch.where(use, square, 1.0).rsqrt(), 0.0)
     normal = gram * inverse.unsqueeze(1) * inverse.unsqueeze(2)
     # The rounding of a scalar product of unit vectors: below it a direction of the memory is noise.
     ridge = 10 * torch.finfo(gram.dtype).eps

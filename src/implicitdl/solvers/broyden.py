@@ -117,7 +117,9 @@ class Broyden(Solver):
         if torch.is_grad_enabled():  # Unrolled differentiates the steps: what a graph holds must not be overwritten
             state.S, state.D, state.SS, state.SD = (part.clone() for part in (state.S, state.D, state.SS, state.SD))
         # Broyden's update does not change when s and y are scaled together; unit steps keep the products comparable.
-        length = torch.linalg.vector_norm(s, dim=1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        length = torch.linalg.vector_norm(s, dim=1, keepdim=True)
+        moved = length > 0
+        length = torch.where(moved, length, 1.0)
         s, d = s / length, (s - y) / length
         finite = torch.isfinite(d).all(dim=1)
         s, d = (torch.where(finite.unsqueeze(1), part, 0.0) for part in (s, d))
@@ -128,7 +130,7 @@ class Broyden(Solver):
         state.SD[:, :, slot] = across[:, 1]
         state.SD[:, slot] = torch.bmm(s.unsqueeze(1), state.D.transpose(1, 2)).squeeze(1)
         state.valid = state.valid.clone()
-        state.valid[:, slot] = finite
+        state.valid[:, slot] = finite & moved.squeeze(1)
 
 
 def _core(state: _Memory) -> Tensor:
@@ -141,6 +143,8 @@ def _core(state: _Memory) -> Tensor:
     empty = torch.diag_embed(~state.valid).to(state.SS.dtype)
     matrix = torch.where(both, torch.where(upper, state.SS, 0.0) - state.SD, empty)
     inverse, failed = torch.linalg.inv_ex(matrix)
+    if torch.is_grad_enabled() and failed.any():  # the derivative of what does not exist is NaN, though it is not used
+        inverse, _ = torch.linalg.inv_ex(matrix.where((failed == 0).view(-1, 1, 1), torch.eye(memory).to(matrix)))
     # A singular B has no inverse: the sample takes the plain step, and its next pair may repair B.
     usable = both & (failed == 0).view(-1, 1, 1) & torch.isfinite(inverse)
     return torch.where(usable, inverse, 0.0)
