@@ -14,7 +14,7 @@ ROOT = Path(implicitdl.__file__).parent
 LAYERS = [
     ["_context"],
     ["_checks"],
-    ["_store", "contract", "frozen", "indexing", "kernels", "solution"],
+    ["_store", "contract", "frozen", "habits", "indexing", "kernels", "solution"],
     ["activations", "resolvent", "rowmap", "rows", "triangular", "weights"],
     ["linear_maps"],
     ["equilibrium"],

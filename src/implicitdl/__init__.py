@@ -9,6 +9,7 @@ from .circular import CircularConvolution, CircularEquilibrium
 from .data import cifar_load, mnist_load
 from .equilibrium import Equilibrium
 from .fixed_point import fixed_point, root
+from .habits import unknown_name as _unknown_name
 from .jacobian import SpectralRadius, jacobian_regularization, spectral_radius
 from .kernels.build import BackendWarning
 from .lowrank import LowRankEquilibrium
@@ -49,6 +50,11 @@ from .solvers import (
 )
 from .statespace import StateSpace, prune
 from .training import Logger, get_valid_accuracy, train
+
+
+def __getattr__(name: str) -> object:
+    raise _unknown_name(name)
+
 
 __all__ = [
     "DEQ",

@@ -15,6 +15,7 @@ from .adjoints import Adjoint, ImplicitAdjoint
 from .announce import announce
 from .coupling import after, announce_coupling, are_coupled
 from .equilibrium import Equilibrium
+from .habits import unknown_keywords
 from .rows import OneRow, RowsOf, State, rows_of
 from .solution import BackwardReport, OnFailure, Solution, check_on_failure
 from .solvers import Auto, Newton, Solver
@@ -29,6 +30,7 @@ def fixed_point(
     on_failure: OnFailure = "warn",
     trace: bool = False,
     coupled: bool | None = None,
+    **unknown: Any,
 ) -> Solution:
     """Solve x = f(x, \\*args), every sample to its own tolerance, with a gradient through the solution.
 
@@ -83,6 +85,8 @@ def fixed_point(
         >>> u.grad.shape
         torch.Size([2, 1])
     """
+    if unknown:
+        raise unknown_keywords("fixed_point", unknown)
     if torch.compiler.is_dynamo_compiling():  # how many steps a solve takes is no matter of a graph
         solution: Solution = outside_graphs(fixed_point)(
             f, x0, *args, solver=solver, adjoint=adjoint, on_failure=on_failure, trace=trace, coupled=coupled
@@ -174,7 +178,7 @@ def _check(who: str, x0: State | None, args: tuple[Tensor, ...], batch_first: bo
     for part in parts:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             got: object = part.dtype if isinstance(part, Tensor) else type(part).__name__
-            raise wrong(who, "x0 of floating-point tensors", got)
+            raise wrong(who, "x0 of floating-point tensors, one or a tuple of them", got)
         if part.dim() == 0 or part.numel() == 0:
             raise wrong(who, "x0 of shape (batch ≥ 1, *state)", tuple(part.shape))
         if part.dtype != parts[0].dtype or part.shape[0] != parts[0].shape[0]:

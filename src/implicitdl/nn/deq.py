@@ -13,6 +13,7 @@ from ..adjoints import Adjoint, ImplicitAdjoint
 from ..equilibrium import Equilibrium
 from ..fixed_point import State, check_settings, fixed_point
 from ..frozen import Frozen
+from ..habits import unknown_keywords
 from ..solution import OnFailure, Report, Solution
 from ..solvers import Auto, Solver
 from ..statespace import StateSpace
@@ -65,8 +66,11 @@ class DEQ(nn.Module):
         on_failure: OnFailure = "warn",
         trace: bool | None = None,
         coupled: bool | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise unknown_keywords("DEQ", unknown)
         if not callable(f) or isinstance(f, type):
             raise wrong("DEQ", "f to be a function or a Module", repr(f), "Pass an instance, f(x, u).")
         self.f = f

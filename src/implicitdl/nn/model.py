@@ -215,8 +215,11 @@ class ImplicitModel(Pretrained):
             raise wrong("ImplicitModel", f"u to be a tensor of shape (batch, p={p})", type(U).__name__)
         u = U.flatten(1) if U.dim() > 2 else U
         if u.dim() != 2 or u.shape[1] != p or u.shape[0] == 0:
-            features = u.shape[1] if u.dim() == 2 else 0
-            raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), self._advice(features))
+            features = u.shape[1] if u.dim() == 2 and u.shape[0] else 0
+            advice = self._advice(features)
+            if U.dim() > 2 and U.shape[-1] == p and u.shape[0]:
+                advice = f"Pass u.flatten(0, {U.dim() - 2}) where every vector is a sample, or use ImplicitRNN."
+            raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), advice)
         _checks.same_place("ImplicitModel", "u", u, self.B)
         return u
 

@@ -1,0 +1,53 @@
+"""Habits of other libraries, each answered by one line that translates it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import implicitdl
+from implicitdl import DEQ, ImplicitModel, fixed_point
+from implicitdl._checks import ArgumentError
+
+
+@pytest.mark.parametrize(
+    ("keyword", "here"),
+    [
+        ("f_solver", r"solver=Anderson\(\)"),
+        ("b_solver", r"ImplicitAdjoint\(solver=Anderson\(\)\)"),
+        ("z0", "x0"),
+        ("tol", "rtol"),
+        ("f_tol", "rtol"),
+        ("max_iter", "max_steps"),
+        ("f_max_iter", "max_steps"),
+        ("mitr", "max_steps"),
+    ],
+)
+def test_keywords(keyword, here):
+    with pytest.raises(ArgumentError, match=f"got {keyword}=.*{here}"):
+        fixed_point(torch.cos, torch.zeros(2, 3), **{keyword: 1})
+    with pytest.raises(ArgumentError, match=f"got {keyword}=.*{here}"):
+        DEQ(torch.cos, **{keyword: 1})
+
+
+@pytest.mark.parametrize("door", [DEQ, lambda f, **o: fixed_point(f, torch.zeros(2, 3), **o)])
+def test_a_typo_is_a_type_error(door):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'solvr'"):
+        door(torch.cos, solvr=1)
+
+
+def test_names():
+    with pytest.raises(AttributeError, match=r"get_deq.*DEQ\(f, solver=Anderson\(\)\)"):
+        _ = implicitdl.get_deq
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = implicitdl.nothing
+
+
+def test_vectors_in_two_batch_dimensions_are_told_how_to_be_rows():
+    with pytest.raises(ArgumentError, match=r"u.flatten\(0, 1\) .*ImplicitRNN"):
+        ImplicitModel(6, 3, 8)(torch.zeros(2, 5, 6))
+
+
+def test_an_empty_batch_is_told_to_have_a_sample():
+    with pytest.raises(ArgumentError, match="at least one sample"):
+        ImplicitModel(6, 3, 8)(torch.zeros(0, 6))
