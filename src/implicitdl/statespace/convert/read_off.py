@@ -106,7 +106,9 @@ def _matrix_of(size: int, net: Network, run: Function) -> tuple[Tensor, Tensor, 
     except (RuntimeError, ValueError, NoFormError):  # it knows the number of samples
         wide = batch
     shape, c = tuple(c.shape), c.reshape(-1)
-    rows, columns, values = [], [], []
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    values: list[Tensor] = []
     for first in range(0, size, wide):
         count = min(wide, size - first)
         basis = torch.zeros(wide, size, dtype=like.dtype, device=like.device)
