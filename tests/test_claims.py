@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch.nn.functional import softplus
 
 from implicitdl import (
     GMRES,
@@ -22,18 +21,17 @@ from implicitdl import (
 from implicitdl.activations import IDENTITY, RELU
 from implicitdl.solution import Status
 
-# Without a fixed point; each is nearer to one the larger x is.
+# Without a fixed point; the relative residual falls as x grows.
 TRAPS = {
     "x + 1": lambda x: x + 1,
     "√(x² + 1)": lambda x: (x * x + 1).sqrt(),
     "x + 1/(1 + |x|)": lambda x: x + 1 / (1 + x.abs()),
-    "softplus": softplus,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "x + exp(−x)": lambda x: x + (-x).exp(),
     "x + exp(−x²)": lambda x: x + (-x * x).exp(),
-    "1.0001 x + 1": lambda x: 1.0001 * x + 1,
     "x + log(1 + |x|) + 0.1": lambda x: x + torch.log1p(x.abs()) + 0.1,
     "x + tanh(x) + 0.2": lambda x: x + torch.tanh(x) + 0.2 + x.abs(),
-    "one part stands, the other walks": lambda x: torch.cat([x[:, :1] + 1e-3, 0.5 * x[:, 1:] + 1e3], dim=1),
+    "one part stands, the other walks": lambda x: torch.cat([x[:, :1] + 1, 0.5 * x[:, 1:] + 1e3], dim=1),
 }
 SOLVERS = [
     Auto(), Auto(slow=Broyden()), Picard(), Aitken(), Anderson(), Broyden(), Broyden(line_search=False), Newton(),
@@ -42,22 +40,33 @@ SOLVERS = [
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
+def rounded_away(f, x):
+    """Where rounding hides what f adds to x, far out: in the numbers of the dtype, that is a solution."""
+    left = torch.linalg.vector_norm(f(x) - x, dim=1)
+    return left <= 4 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=1)
+
+
 @pytest.mark.parametrize(("name", "solver"), list(product(TRAPS, SOLVERS)), ids=str)
 @by_dtype
 def test_a_map_without_a_solution_is_never_claimed(name, solver, dtype):
     x0 = torch.tensor([[0.0, 0.0], [0.3, 1.0]], dtype=dtype)
     with torch.no_grad():
         solution = fixed_point(TRAPS[name], x0, solver=solver, on_failure="ignore")
-    assert not solution.converged.any()
-    assert (solution.residual > solver.tolerance(dtype)).all()
+    exact = rounded_away(TRAPS[name], solution.value)
+    assert not (solution.converged & ~exact).any()
+    assert ((solution.residual > solver.tolerance(dtype)) | exact).all()
 
 
-@pytest.mark.parametrize("rtol", [1e-3, 1e-4])
+@pytest.mark.parametrize(("name", "rtol"), [
+    *product(("x + 1", "√(x² + 1)", "x + 1/(1 + |x|)"), (1e-2, 1e-3, 1e-4)),
+    # It approaches no solution by steps of 1, which are below √rtol of x from 1/√rtol on.
+    ("softplus", 1e-4),
+])  # fmt: skip
 @pytest.mark.parametrize("solver", [Auto(), Anderson(), Newton()], ids=repr)
-def test_a_loose_tolerance_claims_no_more(solver, rtol):
+def test_a_loose_tolerance_claims_no_more(solver, name, rtol):
     loose = type(solver)(rtol=rtol)
-    for name in ("x + 1", "√(x² + 1)", "x + 1/(1 + |x|)", "softplus"):
-        assert not fixed_point(TRAPS[name], torch.zeros(1, 1), solver=loose, on_failure="ignore").converged.any()
+    solution = fixed_point(TRAPS[name], torch.zeros(1, 1), solver=loose, on_failure="ignore")
+    assert not (solution.converged & ~rounded_away(TRAPS[name], solution.value)).any()
 
 
 @pytest.mark.parametrize("A", [
@@ -66,9 +75,10 @@ def test_a_loose_tolerance_claims_no_more(solver, rtol):
 @pytest.mark.parametrize("activation", [RELU, IDENTITY], ids=lambda a: a.name)
 @by_dtype
 def test_an_equilibrium_with_an_eigenvalue_of_one_is_never_claimed(A, activation, dtype):
-    f = Equilibrium(torch.tensor(A, dtype=dtype), torch.tensor([[1e-3, 1e3]], dtype=dtype), activation)
+    f = Equilibrium(torch.tensor(A, dtype=dtype), torch.tensor([[1.0, 1e3]], dtype=dtype), activation)
     for x0 in (None, torch.zeros(1, 2, dtype=dtype)):
-        assert not fixed_point(f, x0, on_failure="ignore").converged.any()
+        solution = fixed_point(f, x0, on_failure="ignore")
+        assert not (solution.converged & ~rounded_away(f, solution.value)).any()
 
 
 @pytest.mark.parametrize("solver", [Auto(), Anderson(), Broyden(memory=20), Newton(), GMRES()], ids=repr)

@@ -12,6 +12,8 @@ from .indexing import on_host, select
 from .kernels import rows as kernel
 from .rowmap import RowMap
 
+# A step, or a residual, of fewer roundings of f(x) than this may be nothing but rounding.
+_HIDDEN = 4
 # Norms from here on have squares that are neither zero nor without digits.
 _SMALLEST = {kind: torch.finfo(kind).tiny ** 0.5 / torch.finfo(kind).eps for kind in (torch.float32, torch.float64)}
 
@@ -24,7 +26,8 @@ class Residual:
     A state that grows for ever has a small residual some time, as that of √(x² + 1) or of x + 1 has, where ‖x‖ has
     become large and not where a solution is near.  Where a row has grown, it must be near one too: with the last step
     s and the change y of f(x) − x on it, a solution is about ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of
-    the state's size.  The residual of a row that fails is this distance relative to the size, and 1 at most.
+    the state's size.  Over the whole way, the residual must have fallen as much from its largest.  The residual
+    of a row that fails is this distance relative to the size, and 1 at most.
 
     Arguments:
         first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
@@ -51,15 +54,17 @@ class Residual:
 
     def __call__(
         self, f: RowMap, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
-        before: tuple[Tensor, Tensor] | None = None, exact: bool = False,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """At x, with f(x), and ‖f(x) − x‖ and ‖f(x)‖ where somebody knows them.
 
         Arguments:
             before: x and f(x) of the evaluation before, if there was one.
+            probe: evaluate f at f(x) too where a claim has to be judged; of a method that tries points, the evaluation
+                before may have been far away.
             exact: x was found without iteration, and its growth shows nothing.
         """
-        dtype, floor = fx.dtype, atol / rtol
+        dtype, floor, following = fx.dtype, atol / rtol, fx.detach()
         x, fx = measurable(f, x), measurable(f, fx)
         xs, values = parts_of(f, x), parts_of(f, fx)
         figures = [norms or self._norms(*pair) for pair in zip(xs, values, strict=True)]
@@ -79,21 +84,27 @@ class Residual:
             self._most, self._peak = np.zeros_like(change), self.first_size.copy()
             self._doubted = np.zeros(change.shape, dtype=bool)
         finite = change < np.inf
-        self._most = np.where(finite, np.maximum(self._most, change), self._most)
+        # Of a state so large that rounding hides its steps, their length says nothing.
+        told = finite & (change > _HIDDEN * torch.finfo(dtype).eps * size)
+        self._most = np.where(told, np.maximum(self._most, change), self._most)
         self._peak = np.where(finite, np.maximum(self._peak, size), self._peak)
         self.vanishing = (size <= rtol * self._peak) & (size > 0)
         away = np.logical_or.reduce((size > 2 * self.first_size) & (change > 0.999 * self._most))
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
         arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:
+            others = [] if before is None else [before]
+            if probe:
+                with torch.no_grad():
+                    others.append((following, f(following)))
             for part, which in enumerate(arrived):
                 if which.any():
-                    self._doubt(f, part, which, xs, values, before, change, size, relative, rtol, floor, dtype)
+                    self._doubt(f, part, which, xs, values, others, change, size, relative, rtol, floor, dtype)
         return relative[0] if len(relative) == 1 else relative.max(axis=0)
 
     def _doubt(
         self, f: RowMap, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
-        before: tuple[Tensor, Tensor] | None, change: np.ndarray, size: np.ndarray, relative: np.ndarray,
+        others: list[tuple[Tensor, Tensor]], change: np.ndarray, size: np.ndarray, relative: np.ndarray,
         rtol: float, floor: float, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         """Raise the residual of grown rows that are within their tolerance and far from a solution."""
@@ -101,20 +112,23 @@ class Residual:
         assert self._away is not None, "seen by the caller"
         assert self._doubted is not None, "seen by the caller"
         change, size, most = change[part, which], size[part, which] + floor, self._most[part, which]
-        eps = torch.finfo(dtype).eps
-        distance = np.full_like(size, np.inf)
-        # Within rounding steps say nothing: what was in doubt stays so, and others must have had longer ones.
-        silent = np.ones_like(which[which])
-        if before is not None:
-            x, fx = select(xs[part], which), select(values[part], which)
-            x_before, fx_before = (select(parts_of(f, measurable(f, t))[part], which) for t in before)
-            step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
-            bend = on_host(torch.linalg.vector_norm((fx - x) - (fx_before - x_before), dim=1))
-            silent = ~(step > 4 * eps * size)
-            distance = (change + eps * size) * step / bend
-        standing = (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
-        doubtful = np.where(silent, standing | self._doubted[part, which], ~(distance <= rtol**0.5 * size))
-        share = np.where(silent, 1.0, np.clip(distance / size, rtol**0.5, 1.0))
+        rounding = torch.finfo(dtype).eps * size
+        x, fx = select(xs[part], which), select(values[part], which)
+        distance, silent = np.zeros_like(size), np.ones(len(size), dtype=bool)
+        for point in others:
+            y, fy = (select(parts_of(f, measurable(f, t))[part], which) for t in point)
+            step = on_host(torch.linalg.vector_norm(x - y, dim=1))
+            bend = on_host(torch.linalg.vector_norm((fx - x) - (fy - y), dim=1))
+            # A step within rounding says nothing: what was in doubt stays so.
+            told = step > _HIDDEN * rounding
+            away = (change + rounding) * step / np.maximum(bend - 2 * rounding, 0.0)
+            distance = np.where(told, np.fmax(distance, away), distance)
+            silent &= ~told
+        within = rtol**0.5
+        # By the whole way: the residual has fallen from its largest, over a path as long as the state.
+        share = (change + rounding) / np.maximum(most - change, 0.0)
+        doubtful = ~(share <= within) | np.where(silent, self._doubted[part, which], ~(distance <= within * size))
+        share = np.clip(np.fmax(share, np.where(silent, 0.0, distance / size)), within, 1.0)
         relative[part, which] = np.where(doubtful, np.maximum(share, 2 * rtol), relative[part, which])
         self._away[which] |= doubtful
         self._doubted[part, which] = doubtful

@@ -212,8 +212,9 @@ class Stage:
         plain = not hasattr(f, "observed") and getattr(f, "parts", None) is None and not torch.is_grad_enabled()
         norms = self.method.norms(x, fx, state) if plain else None
         residual = self.residual(
-            f, x, fx, norms, results.rtol, results.solver.atol, before=self.last, exact=self.method.exact
-        )
+            f, x, fx, norms, results.rtol, results.solver.atol,
+            before=self.last, exact=self.method.exact, probe=self.method.by_residual,
+        )  # fmt: skip
         if results.first_size is None:
             results.first_size = self.residual.first_size
         return residual
