@@ -476,7 +476,10 @@ U = torch.zeros(4, 6, dtype=torch.float64)
         (lambda: SIM().path(model=mlp(nn.ReLU), dataloader=[U], lambdas=[1], nonzeros=[1]), "got both"),
         (lambda: SIM().path(model=mlp(nn.ReLU), dataloader=[U], lambdas=[-1.0]), "lambdas ≥ 0"),
         (lambda: SIM().path(model=mlp(nn.ReLU), dataloader=[U], nonzeros=[0]), "nonzeros to be a positive integer"),
-        (lambda: SIM().path(Doubling(), mlp(nn.ReLU), [U], lambdas=[1.0]), "a solver with lambda_z and lambda_y"),
+        (
+            lambda: SIM().path(Doubling(), mlp(nn.ReLU), [torch.randn(4, 6)], lambdas=[1.0]),
+            "a solver with lambda_z and lambda_y",
+        ),
         (lambda: score(nn.Identity(), []), "a loader with batches"),
     ],
 )

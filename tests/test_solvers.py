@@ -60,7 +60,7 @@ def test_easy_samples_of_a_mixed_batch_cost_their_own_steps_only():
 def test_a_miss_is_reported_with_counts_the_worst_residual_and_what_to_do():
     message = (
         r"fixed_point\(Picard\): 1 of 2 samples did not reach rtol=1e-04 in 20 steps "
-        r"\(worst residual \d\.\de-\d\d\)\. Raise max_steps"
+        r"\(worst residual \d\.\de-\d\d\)\. The residual was still falling: raise max_steps"
     )
     rate = torch.tensor([[0.1], [0.999]])
 
@@ -231,13 +231,13 @@ def test_monitors_nest_and_close():
     ("call", "message"),
     [
         (lambda: fixed_point(torch.cos, torch.zeros(0, 3)), r"x0 of shape \(batch ≥ 1, \*state\), got \(0, 3\)"),
-        (lambda: fixed_point(torch.cos, torch.zeros(2, 3, dtype=torch.int64)), "floating-point tensors, got torch.int64"),
-        (lambda: fixed_point(torch.cos, [1.0]), "floating-point tensors, got list"),
+        (lambda: fixed_point(torch.cos, torch.zeros(2, 3, dtype=torch.int64)), "floating-point tensors, one or a tuple of them, got torch.int64"),
+        (lambda: fixed_point(torch.cos, [1.0]), "floating-point tensors, one or a tuple of them, got list"),
         (lambda: fixed_point(torch.cos, torch.zeros(2, 1), solver=Picard), "solver to be a Solver"),
         (lambda: fixed_point(torch.cos, torch.zeros(2, 1), adjoint="exact"), "adjoint to be an Adjoint"),
         (lambda: fixed_point(torch.cos, torch.zeros(2, 1), on_failure="shout"), "one of raise, warn, ignore, got 'shout'"),
         (lambda: fixed_point(lambda x, u: x, torch.zeros(2, 1), torch.zeros(3, 1)), r"\(batch=2, ...\), got \(3, 1\)"),
-        (lambda: fixed_point(lambda x, u: x, torch.zeros(2, 1), 3.0), "got float. Let f close over weights"),
+        (lambda: fixed_point(lambda x, u: x, torch.zeros(2, 1), 3.0), "got float. Let f close over what is no data"),
         (lambda: fixed_point(lambda x: x[:, :1], torch.zeros(2, 3)), r"f to return shape \[\(2, 3\)\], got \[\(2, 1\)\]"),
         (lambda: fixed_point(torch.cos, (torch.zeros(2, 1), torch.zeros(3, 1))), "share batch size and dtype"),
         (lambda: Picard(rtol=-1.0), "rtol strictly between 0 and 1, got -1.0"),

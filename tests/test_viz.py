@@ -349,6 +349,7 @@ def test_pyplot_is_never_imported(tmp_path):
 
 @pytest.mark.float64
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'implicitdl\[plots\]'"):
         viz.spectrum(MODELS["dense"]())

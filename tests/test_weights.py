@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from implicitdl import Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Unrolled, fixed_point
+from implicitdl import ArgumentError, Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Unrolled, fixed_point
 from implicitdl.activations import HARDTANH, LEAKY_RELU, RELU
 from implicitdl.constraints import RowScaling
 from implicitdl.kernels import build, rows, sweeps
@@ -55,7 +55,8 @@ def test_a_row_that_is_not_finite_solves_nothing_in_silence(bad):
     v[3, 4] = bad
     b = torch.randn(6, 20, dtype=torch.float64)
     f = Equilibrium(ScaledRows(v, 0.9), b)
-    assert not fixed_point(f, None, on_failure="ignore").converged.any()
+    with pytest.raises(ArgumentError, match="expected finite A"):
+        fixed_point(f, None, on_failure="ignore")
 
 
 def gradients(A: Tensor, b: Tensor, phi, lazily: bool, **options: object) -> list[Tensor]:

@@ -32,7 +32,8 @@ class Correction(Residual):
 
     def __call__(
         self, f: Any, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
-        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, correction: Tensor | None = None,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
+        correction: Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
         dtype = fx.dtype
         state = x.detach()

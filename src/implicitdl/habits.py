@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ._checks import wrong
-
 _SOLVERS = "solver=Anderson(), Broyden(), Picard() or Newton()"
 # Keyword: what to write instead.
 _KEYWORDS = {
@@ -35,9 +33,7 @@ _NAMES = {
 def unknown_keywords(who: str, names: Iterable[str]) -> Exception:
     """The error for keywords that ``who`` does not have."""
     name = next(iter(names))
-    if name in _KEYWORDS:
-        return wrong(who, "the keywords of this library", f"{name}=", _KEYWORDS[name])
-    return TypeError(f"{who}() got an unexpected keyword argument {name!r}")
+    return TypeError(f"{who}() got an unexpected keyword argument {name!r}. {_KEYWORDS.get(name, '')}".rstrip())
 
 
 def unknown_name(name: str) -> AttributeError:

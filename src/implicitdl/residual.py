@@ -26,8 +26,7 @@ class Residual:
     A state that grows for ever has a small residual some time, as that of √(x² + 1) or of x + 1 has, where ‖x‖ has
     become large and not where a solution is near.  Where a row has grown, it must be near one too: with the last step
     s and the change y of f(x) − x on it, a solution is about ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of
-    the state's size.  Over the whole way, the residual must have fallen as much from its largest.  The residual
-    of a row that fails is this distance relative to the size, and 1 at most.
+    the state's size.  The residual of a row that fails is this distance relative to the size, and 1 at most.
 
     Arguments:
         first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
@@ -93,42 +92,47 @@ class Residual:
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
         arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:
-            others = [] if before is None else [before]
+            beyond = None
             if probe:
                 with torch.no_grad():
-                    others.append((following, f(following)))
+                    beyond = measurable(f, f(following))
             for part, which in enumerate(arrived):
                 if which.any():
-                    self._doubt(f, part, which, xs, values, others, change, size, relative, rtol, floor, dtype)
+                    self._doubt(f, part, which, xs, values, before, beyond, change, size, relative, rtol, floor, dtype)
         return relative[0] if len(relative) == 1 else relative.max(axis=0)
 
     def _doubt(
         self, f: RowMap, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
-        others: list[tuple[Tensor, Tensor]], change: np.ndarray, size: np.ndarray, relative: np.ndarray,
-        rtol: float, floor: float, dtype: torch.dtype,
+        before: tuple[Tensor, Tensor] | None, beyond: Tensor | None, change: np.ndarray, size: np.ndarray,
+        relative: np.ndarray, rtol: float, floor: float, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         """Raise the residual of grown rows that are within their tolerance and far from a solution."""
         assert self._most is not None, "seen by the caller"
         assert self._away is not None, "seen by the caller"
         assert self._doubted is not None, "seen by the caller"
         change, size, most = change[part, which], size[part, which] + floor, self._most[part, which]
-        rounding = torch.finfo(dtype).eps * size
+        eps = torch.finfo(dtype).eps
+        distance = np.full_like(size, np.inf)
+        # Within rounding steps say nothing: what was in doubt stays so, and others must have had longer ones.
+        silent = np.ones_like(which[which])
         x, fx = select(xs[part], which), select(values[part], which)
-        distance, silent = np.zeros_like(size), np.ones(len(size), dtype=bool)
-        for point in others:
-            y, fy = (select(parts_of(f, measurable(f, t))[part], which) for t in point)
-            step = on_host(torch.linalg.vector_norm(x - y, dim=1))
-            bend = on_host(torch.linalg.vector_norm((fx - x) - (fy - y), dim=1))
-            # A step within rounding says nothing: what was in doubt stays so.
-            told = step > _HIDDEN * rounding
-            away = (change + rounding) * step / np.maximum(bend - 2 * rounding, 0.0)
-            distance = np.where(told, np.fmax(distance, away), distance)
+        # Of a part, the evaluation before tells only where the other parts have not moved much: in small steps.
+        if before is not None and (beyond is None or len(xs) == 1):
+            x_before, fx_before = (select(parts_of(f, measurable(f, t))[part], which) for t in before)
+            step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
+            bend = on_host(torch.linalg.vector_norm((fx - x) - (fx_before - x_before), dim=1))
+            silent = ~(step > _HIDDEN * eps * size)
+            distance = (change + eps * size) * step / bend
+        if beyond is not None and len(xs) == 1:
+            bend = on_host(torch.linalg.vector_norm((select(beyond, which) - fx) - (fx - x), dim=1))
+            # So near, what rounding may have bent is no sign of a solution.
+            along = (change + eps * size) * change / np.maximum(bend - 2 * eps * size, 0.0)
+            told = change > _HIDDEN * eps * size
+            distance = np.where(told, np.fmax(along, np.where(silent, 0.0, distance)), distance)
             silent &= ~told
-        within = rtol**0.5
-        # By the whole way: the residual has fallen from its largest, over a path as long as the state.
-        share = (change + rounding) / np.maximum(most - change, 0.0)
-        doubtful = ~(share <= within) | np.where(silent, self._doubted[part, which], ~(distance <= within * size))
-        share = np.clip(np.fmax(share, np.where(silent, 0.0, distance / size)), within, 1.0)
+        standing = (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
+        doubtful = np.where(silent, standing | self._doubted[part, which], ~(distance <= rtol**0.5 * size))
+        share = np.where(silent, 1.0, np.clip(distance / size, rtol**0.5, 1.0))
         relative[part, which] = np.where(doubtful, np.maximum(share, 2 * rtol), relative[part, which])
         self._away[which] |= doubtful
         self._doubted[part, which] = doubtful

@@ -64,7 +64,7 @@ class RowsOf:
         self.precision = autocast_dtype(parts[0].device)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        self._last = rows
+        self._last = rows.detach()  # without its graph, which may hold these rows
         if self._part_of is None:
             return self._evaluate(rows)
         if self._divisible:
@@ -83,7 +83,7 @@ class RowsOf:
     def take(self, rows: Tensor) -> RowsOf | None:
         if not (self._args and self._divisible and self._f.divisible):
             return None
-        part_of = None if self._last is None else _PartOf(self._evaluate, self._last.detach(), rows)
+        part_of = None if self._last is None else _PartOf(self._evaluate, self._last, rows)
         parts = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
         args = tuple(arg.index_select(0, rows) for arg in self._args)
         like = self._build(parts) if self._build else parts[0]

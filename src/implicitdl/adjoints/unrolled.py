@@ -66,7 +66,9 @@ def _steps_to_settle(f: RowMap, x: Tensor, still: Tensor, rtol: float, max_steps
     """Plain steps at the solution after which the derivative stands still too: a random cotangent has vanished."""
     point = x.clone().requires_grad_()
     fx = f(point)
-    v = torch.where(still, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x), 0.0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
+    v = torch.where(still, drawn, 0.0)
     enough = rtol * torch.linalg.vector_norm(v, dim=1)
     for count in range(1, max_steps + 1):
         v = vjp(fx, point, v, create_graph=False)

@@ -62,7 +62,7 @@ class SweptFigures:
     @property
     def status(self) -> Tensor:
         """`Status.CONVERGED`, where every row is done."""
-        return torch.zeros(self._batch, dtype=torch.int8)
+        return torch.zeros(self._batch, dtype=torch.int8, device="cpu")
 
     def endings(self) -> np.ndarray:
         """SLOW, DONE or STRANGE."""

@@ -130,6 +130,15 @@ def residual(f: RowMap, x: Tensor, fx: Tensor) -> Tensor:
     return fx if getattr(f, "root", False) else fx - x
 
 
+def smallest_part(f: RowMap, fx: Tensor) -> Tensor:
+    """‖f(x)‖ of every row, or of its smallest part that is not zero: what the tolerance of the row is relative to."""
+    whole = torch.linalg.vector_norm(fx, dim=1)
+    for columns in getattr(f, "parts", None) or ():
+        size = torch.linalg.vector_norm(fx[:, columns], dim=1)
+        whole = torch.where(size > 0, torch.minimum(whole, size), whole)
+    return whole
+
+
 def precise(dtype: torch.dtype) -> torch.dtype:
     """Where a method keeps differences and scalar products: half precision has too few digits for either."""
     return torch.promote_types(dtype, torch.float32)

@@ -144,7 +144,8 @@ def _core(state: _Memory) -> Tensor:
     matrix = torch.where(both, torch.where(upper, state.SS, 0.0) - state.SD, empty)
     inverse, failed = torch.linalg.inv_ex(matrix)
     if torch.is_grad_enabled() and failed.any():  # the derivative of what does not exist is NaN, though it is not used
-        inverse, _ = torch.linalg.inv_ex(matrix.where((failed == 0).view(-1, 1, 1), torch.eye(memory).to(matrix)))
+        unit = torch.eye(memory, dtype=matrix.dtype, device=matrix.device)
+        inverse, _ = torch.linalg.inv_ex(matrix.where((failed == 0).view(-1, 1, 1), unit))
     # A singular B has no inverse: the sample takes the plain step, and its next pair may repair B.
     usable = both & (failed == 0).view(-1, 1, 1) & torch.isfinite(inverse)
     return torch.where(usable, inverse, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import positive_int, settle
 from ..rowmap import RowMap
-from .base import Solver, residual
+from .base import Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 
 
@@ -63,7 +63,7 @@ class GMRES(Solver):
         size = torch.linalg.vector_norm(r, dim=1)
         search.accept(tried, x, r, size)
         # The residual of the recurrence and the true one agree to rounding; a tenth is left for what they differ by.
-        scale = torch.linalg.vector_norm(fx, dim=1).to(size.dtype)
+        scale = smallest_part(f, fx).to(size.dtype)
         # In a root problem the residual has other units than x, along which the probe goes.
         h = torch.maximum(torch.linalg.vector_norm(search.x, dim=1), size) if getattr(f, "root", False) else size
         state.begin(tried, h=h, enough=0.9 * (self.atol + self.tolerance(fx.dtype) * scale))

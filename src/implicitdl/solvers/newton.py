@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import positive_int, settle, wrong
 from ..linearize import vjp
 from ..rowmap import RowMap
-from .base import Rows, Solver, residual
+from .base import Rows, Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 from .search import Search
 
@@ -125,7 +125,7 @@ class Newton(Solver):
         if isinstance(state, _Dense):
             return self._dense_step(f, x, r, state).to(fx.dtype), state, 0
         refuse_graph("Newton", fx)
-        size = torch.linalg.vector_norm(fx, dim=1).to(r.dtype)
+        size = smallest_part(f, fx).to(r.dtype)
         return self._matrix_free_step(f, x, r, size, state).to(fx.dtype), state, 0
 
     def correction(self, f: RowMap, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree) -> Tensor | None:

@@ -148,7 +148,7 @@ def _joined(x: Tensor, solved: Sequence[Solution]) -> Solution:
     none = torch.zeros(len(x), dtype=figures, device=x.device).masked_fill(~finite, torch.inf)
     once = torch.ones(len(x), dtype=torch.int64, device=x.device)
     ended = [part.status for part in solved if part.status is not None]
-    evaluated = torch.where(finite, int(Status.CONVERGED), int(Status.NOT_FINITE)).to(torch.int8)
+    evaluated = torch.zeros_like(finite, dtype=torch.int8).masked_fill(~finite, int(Status.NOT_FINITE))
     return Solution(
         value=x,
         figures=Measured(

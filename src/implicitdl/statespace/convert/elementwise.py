@@ -37,7 +37,7 @@ def hardtanh(
     """m + r·hardtanh((z − m)/r), with the interval's middle m and half length r; by ReLU when it has one end."""
     min_val, max_val = _bound(min_val), _bound(max_val)
     if min_val is not None and max_val is not None:
-        if not bool(torch.as_tensor(min_val < max_val).all()):
+        if not bool(torch.as_tensor(min_val < max_val, device="cpu").all()):
             return hardtanh(hardtanh(input, min_val, None), None, max_val)
         m, r = (max_val + min_val) / 2, (max_val - min_val) / 2
         return add(mul(mul(add(input, -m), 1 / r).activated(HARDTANH), r), m)

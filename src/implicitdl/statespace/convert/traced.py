@@ -20,7 +20,9 @@ class Memory:
 
     def __init__(self, value: Affine, real: Tensor) -> None:
         self._value = value
-        self._numbers = torch.full((real.untyped_storage().nbytes() // real.element_size(),), -1, device=real.device)
+        self._numbers = torch.full(
+            (real.untyped_storage().nbytes() // real.element_size(),), -1, dtype=torch.int64, device=real.device
+        )
         self._of(real).copy_(value.numbers())
 
     def _of(self, real: Tensor) -> Tensor:
