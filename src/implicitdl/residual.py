@@ -32,24 +32,29 @@ class Residual:
         first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
 
     Attributes:
+        probed: (batch,)  after a look, which rows one more evaluation was made for; None if there was none.
         vanishing: (parts, batch)  after a look, which parts have become so small that 0 may be the solution.
     """
 
     def __init__(self, first_size: np.ndarray | None) -> None:
         self.first_size = first_size
         self.vanishing: np.ndarray | None = None
+        self.probed: Any = None
+        self._first_step: np.ndarray | None = None  # (parts, batch)  ‖f(x) − x‖ where the solve began
         self._most: np.ndarray | None = None  # (parts, batch)  ‖f(x) − x‖ at any look
         self._peak: np.ndarray | None = None  # (parts, batch)  ‖f(x)‖ at any look, since 0 was last tried
         self._away: np.ndarray | None = None  # (batch,)  whether the row runs away, at the last look that was finite
         self._doubted: np.ndarray | None = None  # (parts, batch)  at the last claim that steps could judge
         self._difference: Tensor | None = None
 
-    def begin(self, f: RowMap, fx: Tensor) -> None:
-        """Note the size of the first f(x), where it is not looked at."""
+    def begin(self, f: RowMap, x: Tensor, fx: Tensor) -> None:
+        """Note the sizes of the first f(x) and of the first step, where they are not looked at."""
+        x, fx = measurable(f, x), measurable(f, fx)
+        figures = [self._norms(*pair) for pair in zip(parts_of(f, x), parts_of(f, fx), strict=True)]
+        change, size = (np.stack([part[i].double().cpu().numpy() for part in figures]) for i in (0, 1))
+        self._first_step = np.where(change < np.inf, change, 0)
         if self.first_size is None:
-            fx = measurable(f, fx)
-            sizes = [on_host(torch.linalg.vector_norm(part, dim=1)) for part in parts_of(f, fx)]
-            self.first_size = np.stack(sizes)
+            self.first_size = np.where(size < np.inf, size, 0)
 
     def __call__(
         self, f: RowMap, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
@@ -80,7 +85,8 @@ class Residual:
         if self.first_size is None:
             self.first_size = np.where(size < np.inf, size, 0)
         if self._most is None or self._peak is None:
-            self._most, self._peak = np.zeros_like(change), self.first_size.copy()
+            self._most = np.zeros_like(change) if self._first_step is None else self._first_step
+            self._peak = self.first_size.copy()
             self._doubted = np.zeros(change.shape, dtype=bool)
         finite = change < np.inf
         # Of a state so large that rounding hides its steps, their length says nothing.
@@ -90,10 +96,12 @@ class Residual:
         self.vanishing = (size <= rtol * self._peak) & (size > 0)
         away = np.logical_or.reduce((size > 2 * self.first_size) & (change > 0.999 * self._most))
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
+        self.probed = None
         arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:
             beyond = None
             if probe:
+                self.probed = arrived.any(axis=0)
                 with torch.no_grad():
                     beyond = measurable(f, f(following))
             for part, which in enumerate(arrived):
@@ -130,7 +138,7 @@ class Residual:
             told = change > _HIDDEN * eps * size
             distance = np.where(told, np.fmax(along, np.where(silent, 0.0, distance)), distance)
             silent &= ~told
-        standing = (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
+        standing = (most > 0) & (rtol * size > most) & (change + 4 * eps * size > 0.5 * most)
         doubtful = np.where(silent, standing | self._doubted[part, which], ~(distance <= rtol**0.5 * size))
         share = np.where(silent, 1.0, np.clip(distance / size, rtol**0.5, 1.0))
         relative[part, which] = np.where(doubtful, np.maximum(share, 2 * rtol), relative[part, which])

@@ -71,7 +71,7 @@ class Stage:
         spent, sweep = 1, 1
         first = _first_look(interval, results.rtol)
         if first > 1 and results.trace is None and not self.root:
-            self.residual.begin(self.f, fx)
+            self.residual.begin(self.f, self.x, fx)
         while True:
             scheduled = sweep >= first and (sweep - first) % interval == 0
             wanted = scheduled or spent >= self._budget or results.trace is not None
@@ -215,6 +215,8 @@ class Stage:
             f, x, fx, norms, results.rtol, results.solver.atol,
             before=self.last, exact=self.method.exact, probe=self.method.by_residual,
         )  # fmt: skip
+        if self.residual.probed is not None:
+            self.before = self.before + self.residual.probed
         if results.first_size is None:
             results.first_size = self.residual.first_size
         return residual
