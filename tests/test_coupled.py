@@ -154,7 +154,8 @@ class TestGraphs:
         tolerance = 100 * {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
         ways = [(solver, ImplicitAdjoint()) for solver in SOLVERS]
         ways += [(Auto(), adjoint) for adjoint in (ImplicitAdjoint(order=2), *map(by, (*SOLVERS[:-1], GMRES())))]
-        ways += [(Picard(), Unrolled())]
+        # The derivative of the last iterate lags behind its value: it is given a tighter forward solve.
+        ways += [(Picard(rtol=tolerance / 1e4 if dtype == torch.float64 else None), Unrolled())]
         for solver, adjoint in ways:
             solution = fixed_point(f, torch.zeros(n, 3, dtype=dtype), solver=solver, adjoint=adjoint)
             assert relative(solution.value, x) < tolerance, (solver, adjoint)
