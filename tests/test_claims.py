@@ -61,8 +61,14 @@ def test_a_map_without_a_solution_is_never_claimed(name, solver, dtype):
     assert ((solution.residual > solver.tolerance(dtype)) | exact).all()
 
 
-@pytest.mark.xfail(reason="a leap to where rounding hides all steps is taken for a solution", strict=False)
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+LEAPS = pytest.mark.xfail(reason="a leap to where rounding hides all steps is taken for a solution", strict=False)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(s, marks=LEAPS) if s in (Anderson(), Broyden(line_search=False)) else s for s in SOLVERS],
+    ids=repr,
+)
 @by_dtype
 def test_a_number_that_walks_beside_one_that_settles_is_never_claimed(solver, dtype):
     with torch.no_grad():

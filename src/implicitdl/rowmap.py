@@ -52,7 +52,7 @@ class Explicit:
 
 
 def check_interval(n: int) -> int:
-    """Sweeps between two looks, from n alone so that a sample's answer never depends on its batch.
+    """Sweeps between two looks, from n alone so that when a sample stops never depends on its batch.
 
     A look is some twenty small operations whose price hardly depends on n; a sweep costs 2n² flops a sample.  On a
     small model a wasted sweep is the cheaper of the two, on a large one the look is.
