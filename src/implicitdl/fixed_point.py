@@ -60,8 +60,8 @@ def fixed_point(
             that is normalised by its own statistics.  The batch of a coupled f is solved as one, and its figures are
             those of every sample.  None looks: for batch norm in training before the solve, and after it for samples
             whose residual is not the one they were solved to, now that the others have moved, forward and backward,
-            at one evaluation (two of `root`) and one product with Jᵀ.  Such a batch is solved again as one, with as many steps, and
-            `CoupledRowsWarning` says so.  True solves as one at once, and args need not be batch-first.  False is
+            at one evaluation (two of `root`) and one product with Jᵀ.  Such a batch is solved again as one, with as
+            many steps, and `CoupledRowsWarning` says so.  True solves as one at once, and args need not be batch-first.  False is
             your promise that f maps each sample on its own: nothing is looked at.
 
     Returns:

@@ -1,8 +1,8 @@
 """One method at work: when to look at the residual, which samples go on, which are done, lost, or left to another.
 
 Looks happen at step numbers that depend on the method and the map only, never on the batch, so a sample stops where
-it would have stopped alone, up to the rounding of f.  Bookkeeping is done on the host in numpy: on a small model a handful of torch operations
-per look would cost more than the sweeps between two looks.
+it would have stopped alone, up to the rounding of f.  Bookkeeping is done on the host in numpy: on a small model a
+handful of torch operations per look would cost more than the sweeps between two looks.
 """
 
 from __future__ import annotations
