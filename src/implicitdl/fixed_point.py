@@ -61,8 +61,8 @@ def fixed_point(
             those of every sample.  None looks: for batch norm in training before the solve, and after it for samples
             whose residual is not the one they were solved to, now that the others have moved, forward and backward,
             at one evaluation (two of `root`) and one product with Jᵀ.  Such a batch is solved again as one, with as
-            many steps, and `CoupledRowsWarning` says so.  True solves as one at once, and args need not be batch-first.  False is
-            your promise that f maps each sample on its own: nothing is looked at.
+            many steps, and `CoupledRowsWarning` says so.  True solves as one at once, and args need not be batch-first.
+            False is your promise that f maps each sample on its own: nothing is looked at.
 
     Returns:
         The `Solution`: value, residual, steps and converged per sample, and the report of the backward solve,
