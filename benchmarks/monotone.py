@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from timing import header, machine
 
 from implicitdl import ImplicitAdjoint, ImplicitModel, Monitor, PeacemanRachford
-from implicitdl.circular import transfer
 from implicitdl.constraints import Monotone
 from implicitdl.constraints.monotone import monotonicity
 from implicitdl.data import Data, load
+from implicitdl.equations.circular import transfer
 from implicitdl.nn import MonotoneConvClassifier
 
 M, BATCH, SEED = 0.5, 128, 0

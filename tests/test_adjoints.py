@@ -21,9 +21,9 @@ from implicitdl import (
     Unrolled,
     fixed_point,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
-from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
+from implicitdl.testing.checks import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
 
 
 @pytest.mark.float64

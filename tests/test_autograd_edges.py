@@ -25,7 +25,7 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.nn import WarmStart
 
 by_solver = pytest.mark.parametrize("solver", [Auto(), Picard(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import implicitdl
-from implicitdl import _backend
+from implicitdl.kernels import backend
 from implicitdl.kernels.build import BuildError, Kernel
 
 KERNEL = Kernel(mock.Mock(), ("gcc", "-O3", "-fopenmp"), Path("here"))
@@ -19,8 +19,8 @@ MISSING = BuildError("no C compiler was found", "Install gcc or clang")
 
 def found(kernels: dict[torch.dtype, Kernel | BuildError]) -> implicitdl.Backend:
     with (
-        mock.patch.object(_backend, "find", lambda name, dtype: kernels[dtype]),
-        mock.patch.object(_backend, "switched_off", return_value=False),
+        mock.patch.object(backend, "find", lambda name, dtype: kernels[dtype]),
+        mock.patch.object(backend, "switched_off", return_value=False),
     ):
         return implicitdl.backend()
 

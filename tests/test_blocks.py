@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from implicitdl import DEQ, Anderson, ImplicitAdjoint, Monitor, PhantomGradient, Picard, Solver, Unrolled, fixed_point
-from implicitdl._checks import ArgumentError
-from implicitdl._store import CheckpointError
+from implicitdl._internal.errors import ArgumentError
+from implicitdl._internal.store import CheckpointError
 from implicitdl.nn import ConvEquilibriumClassifier, DenseEquilibriumClassifier, ResidualBlock, TanhBlock
 
 DENSE = {"input_dim": 12, "output_dim": 3, "hidden_dim": 6}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from implicitdl import ImplicitModel, StateSpace, certify
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.certify import Box, CertifiedLoss
 
 U = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from implicitdl import ImplicitFunctionTriu, ImplicitModel, StateSpace, certify
-from implicitdl._checks import ArgumentError, MissingExtraError
+from implicitdl._internal.errors import ArgumentError, MissingExtraError
 from implicitdl.activations import RELU, SIGMOID, SILU, TANH, Activation
 from implicitdl.certify.normal import perron_certificate
 from implicitdl.constraints import Unconstrained

@@ -10,7 +10,7 @@ import torch
 
 from exact_outputs import LONG, PHI
 from implicitdl import StateSpace, certify
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import BUILTIN, IDENTITY, SOFTPLUS
 from implicitdl.certify import Box, Crown, Interval, Sensitivity
 from implicitdl.certify.interval import outwards

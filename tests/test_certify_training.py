@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, StateSpace, certify, viz
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.certify import Box, CertifiedAccuracy, CertifiedLoss, Crown, Interval, Sensitivity
 from implicitdl.certify.attack import losing_by

@@ -29,18 +29,17 @@ from implicitdl import (
     PhantomGradient,
     Picard,
     Unrolled,
-    _checks,
-    _store,
 )
+from implicitdl._internal import errors, store
 from implicitdl.activations import TANH, Activation
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, WeightedRowScaling
 from implicitdl.nn import DenseEquilibriumClassifier, MonotoneConvClassifier
 from implicitdl.nn.pretrained import NotRebuiltError
 from implicitdl.training.logger import load_weights, save_weights
 
-SOURCE = Path(_checks.__file__).parents[1]
+SOURCE = Path(errors.__file__).parents[1]
 SIZES = {"input_dim": 3, "output_dim": 2, "hidden_dim": 5}
-CheckpointError = _store.CheckpointError
+CheckpointError = store.CheckpointError
 
 
 def signed(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = None) -> None:
@@ -48,7 +47,7 @@ def signed(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None =
     if tensors is not None:
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
     config["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    config["config_sha256"] = _store._digest_of(config)
+    config["config_sha256"] = store._digest_of(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -356,17 +355,17 @@ LONG = "x" * 300
 @pytest.mark.parametrize("path", [LONG, f"a/{LONG}/b", "with\0null"])
 def test_a_name_that_the_system_does_not_take(tmp_path, path):
     built, where = ImplicitModel(**SIZES), str(tmp_path / "there" / path)
-    with pytest.raises(CheckpointError if "\0" not in path else _checks.ArgumentError):
+    with pytest.raises(CheckpointError if "\0" not in path else errors.ArgumentError):
         built.save_pretrained(where)
-    with pytest.raises(_checks.ArgumentError):
+    with pytest.raises(errors.ArgumentError):
         ImplicitModel.from_pretrained(where)
     assert not list(tmp_path.rglob("*.new"))
 
 
 def test_a_path_that_is_none(tmp_path):
-    with pytest.raises(_checks.ArgumentError, match="the path of a folder"):
+    with pytest.raises(errors.ArgumentError, match="the path of a folder"):
         ImplicitModel.from_pretrained(3)
-    with pytest.raises(_checks.ArgumentError, match="the path of a folder"):
+    with pytest.raises(errors.ArgumentError, match="the path of a folder"):
         ImplicitModel(**SIZES).save_pretrained(None)
 
 
@@ -413,7 +412,7 @@ def test_figures_are_not_appended_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "metrics.csv").symlink_to(tmp_path / "mine")
     with pytest.raises(CheckpointError, match="files that are no symbolic links"):
-        _store.append_to(tmp_path / "metrics.csv", b"row\n")
+        store.append_to(tmp_path / "metrics.csv", b"row\n")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -423,9 +422,9 @@ def test_figures_are_not_appended_through_a_link(tmp_path):
 OWNER = """
 import sys
 from pathlib import Path
-from implicitdl import _store
+from implicitdl._internal import store
 
-with _store.owned(Path(sys.argv[1])):
+with store.owned(Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
 """
@@ -442,17 +441,17 @@ def other_owner(tmp_path):
 
 
 def owned_by_another(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="got one that another run owns"), _store.owned(folder):
+    with pytest.raises(CheckpointError, match="got one that another run owns"), store.owned(folder):
         pass
 
 
 def test_a_folder_has_one_owner_until_that_is_gone(tmp_path, other_owner):
     owned_by_another(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another run owns"):
-        _store.refuse_owned(tmp_path / "run")
+        store.refuse_owned(tmp_path / "run")
     other_owner.kill()
     other_owner.wait()
-    with _store.owned(tmp_path / "run"):
+    with store.owned(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "run") == []
 
@@ -468,8 +467,8 @@ def test_training_waits_for_nobody(tmp_path, other_owner):
 
 def test_an_owner_may_own_again_and_another_thread_may_not(tmp_path):
     folder, refusals = tmp_path / "a" / "b", []
-    with _store.owned(folder):
-        with _store.owned(folder):
+    with store.owned(folder):
+        with store.owned(folder):
             pass
         thread = threading.Thread(target=lambda: refusals.append(owned_by_another(folder)))
         thread.start()
@@ -481,7 +480,7 @@ def test_an_owner_may_own_again_and_another_thread_may_not(tmp_path):
 
 def test_a_lock_is_no_link(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="no symbolic links"), _store.owned(tmp_path):
+    with pytest.raises(CheckpointError, match="no symbolic links"), store.owned(tmp_path):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
@@ -600,7 +599,7 @@ def test_a_mutated_checkpoint_is_the_same_or_refused(tmp_path, part):
         free = mutate(tmp_path / "c", sources, own, chance)
         try:
             read = type(built[own]).from_pretrained(tmp_path / "c")
-        except _checks.ArgumentError as error:
+        except errors.ArgumentError as error:
             refusals.append(str(error))
             continue
         expected = built[own].state_dict()

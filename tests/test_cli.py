@@ -34,9 +34,9 @@ from implicitdl import (
     PhantomGradient,
     Picard,
     Unrolled,
-    _store,
     viz,
 )
+from implicitdl._internal import store
 from implicitdl.activations import TANH
 from implicitdl.cli import build, main, models, report
 from implicitdl.cli.options import Options
@@ -356,7 +356,7 @@ class TestBadFolders:
         def fails(path, data):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(_store, "_write", fails)
+        monkeypatch.setattr(store, "_write", fails)
         assert words in refused(capsys, [*SMALL, "--out", tmp_path / "runs" / "run"])
         assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.constraints import (
     LowRank,
     RowProjection,
@@ -16,7 +16,7 @@ from implicitdl.constraints import (
     SoftRowScaling,
     StrictlyUpper,
 )
-from implicitdl.testing import CONSTRAINTS, check_constraint
+from implicitdl.testing.checks import CONSTRAINTS, check_constraint
 
 BALLS = [RowScaling(kappa=0.9), RowProjection(kappa=0.9), SoftRowScaling(kappa=0.9)]
 

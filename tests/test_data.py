@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from implicitdl._checks import ArgumentError, MissingExtraError
+from implicitdl._internal.errors import ArgumentError, MissingExtraError
 from implicitdl.data import (
     NAMES,
     DatasetNotFoundError,

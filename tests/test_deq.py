@@ -26,7 +26,7 @@ from implicitdl import (
     Unrolled,
     certify,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.nn import DenseEquilibriumClassifier, RandomStart, ResidualBlock, TanhBlock, WarmStart, ZeroStart
 from implicitdl.statespace import from_module

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from implicitdl import DEQ, Aitken, Anderson, Auto, Broyden, Newton, Picard, fixed_point
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 
 SOLVERS = [Auto(), Picard(), Aitken(), Anderson(), Broyden(), Newton()]
 by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)

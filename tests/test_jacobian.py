@@ -17,7 +17,7 @@ from implicitdl import (
     jacobian_regularization,
     spectral_radius,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.nn import JacobianPenalty, TanhBlock
 
 TURN = 0.9 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)

@@ -22,14 +22,14 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from implicitdl import Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Solution, fixed_point
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from implicitdl.constraints import RowScaling, Unconstrained
-from implicitdl.iterate import iterate
+from implicitdl.equations.linear_maps import EquilibriumAdjoint
+from implicitdl.equations.weights import row_scale
 from implicitdl.kernels import build, rows, sweeps
-from implicitdl.linear_maps import EquilibriumAdjoint
+from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import aitken
-from implicitdl.weights import row_scale
 from kernel_paths import threads, torch_alone
 
 pytestmark = [

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from implicitdl import Anderson, Equilibrium, Unrolled, fixed_point
 from implicitdl.activations import IDENTITY
-from implicitdl.iterate import iterate
 from implicitdl.kernels import build
 from implicitdl.kernels.anderson import Memory
-from implicitdl.outcome import Outcome
+from implicitdl.loop.iterate import iterate
+from implicitdl.loop.outcome import Outcome
 from kernel_paths import threads, torch_alone
 
 pytestmark = [

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import implicitdl
 from implicitdl import DEQ, Anderson, fixed_point
-from implicitdl.iterate import iterate
 from implicitdl.kernels import build, pull, rows, sweeps
 from implicitdl.kernels.anderson import Memory
+from implicitdl.loop.iterate import iterate
 
 pytestmark = pytest.mark.skipif(build.library("anderson", torch.float64) is None, reason="no C compiler")
 

@@ -12,20 +12,14 @@ import implicitdl
 ROOT = Path(implicitdl.__file__).parent
 # Each line is a layer, first the ones that stand on nothing.
 LAYERS = [
-    ["_context"],
-    ["_checks"],
-    ["_store", "contract", "frozen", "habits", "indexing", "kernels", "solution"],
-    ["activations", "resolvent", "rowmap", "rows", "triangular", "weights"],
-    ["linear_maps"],
-    ["equilibrium"],
-    ["_backend", "circular", "linearize", "lowrank"],
-    ["jacobian", "residual", "solvers"],
-    ["correction"],
-    ["outcome"],
-    ["stage"],
-    ["announce", "coupling", "iterate"],
+    ["_internal"],
+    ["solution"],
+    ["activations"],
+    ["kernels"],
+    ["equations"],
+    ["solvers"],
+    ["loop"],
     ["adjoints"],
-    ["transforms"],
     ["fixed_point"],
     ["constraints"],
     ["statespace"],
@@ -35,7 +29,6 @@ LAYERS = [
     ["sim"],
     ["viz"],
     ["utils", "cli"],
-    ["zoo"],
     ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

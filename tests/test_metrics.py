@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from implicitdl import SIM, ImplicitModel, get_valid_accuracy, jacobian_regularization, spectral_radius, train
-from implicitdl._checks import ArgumentError, shown
+from implicitdl._internal.errors import ArgumentError, shown
 from implicitdl.sim import score
 from implicitdl.sim.solution import SIMWarning
 from implicitdl.sim.solvers import ADMMSolver
@@ -266,6 +266,6 @@ def test_a_report_can_be_printed_on_a_console_of_ascii(monkeypatch):
     teacher = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     report = SIM(dtype=torch.float64).train(model=teacher, dataloader=[torch.randn(30, 4)])
     assert "‖A‖∞" in str(report)
-    monkeypatch.setattr("implicitdl._checks.sys.stdout", Console)
+    monkeypatch.setattr("implicitdl._internal.errors.sys.stdout", Console)
     assert "||A||inf" in str(report).encode("ascii").decode()
     assert shown("ε = 0.1, Ж") == "eps = 0.1, ?"

@@ -20,8 +20,8 @@ from implicitdl import (
     Picard,
     Unrolled,
 )
-from implicitdl._checks import ArgumentError
-from implicitdl._store import CheckpointError
+from implicitdl._internal.errors import ArgumentError
+from implicitdl._internal.store import CheckpointError
 from implicitdl.activations import BUILTIN, RELU, TANH, Activation, from_function
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, Unconstrained, norm_inf
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from implicitdl import ImplicitModel, StateSpace, certify
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.certify import Box
 from implicitdl.constraints import Unconstrained

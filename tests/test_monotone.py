@@ -30,13 +30,13 @@ from implicitdl import (
     fixed_point,
     viz,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import LEAKY_RELU, SILU, TANH, Activation
-from implicitdl.circular import transfer
 from implicitdl.constraints import Monotone, MonotoneKernel, SpectralNorm
 from implicitdl.constraints.monotone import monotonicity
 from implicitdl.data import load
-from implicitdl.iterate import iterate
+from implicitdl.equations.circular import transfer
+from implicitdl.loop.iterate import iterate
 from implicitdl.nn import MonotoneConvBlock, MonotoneConvClassifier
 
 SPLITTING = PeacemanRachford()

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from implicitdl import DEQ, Picard
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.constraints import SpectralNorm, WeightNorm
-from implicitdl.testing import check_constraint
+from implicitdl.testing.checks import check_constraint
 
 
 def norm(op, shape: tuple[int, ...]) -> float:

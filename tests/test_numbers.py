@@ -27,7 +27,7 @@ from implicitdl import (
     spectral_radius,
     train,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.cli import main
 from implicitdl.data import Images, arithmetic, image_loader, load, spiky
 from implicitdl.nn import (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from implicitdl import Aitken, Anderson, Auto, Equilibrium, ImplicitFunctionWarning, Newton, Picard, fixed_point
-from implicitdl._checks import ArgumentError
-from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
+from implicitdl._internal.errors import ArgumentError
+from implicitdl.testing.checks import MONOTONE_SOLVERS, SOLVERS
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 

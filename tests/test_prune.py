@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from implicitdl import ImplicitModel, StateSpace, prune
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH, Activation
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, norm_inf
 from implicitdl.statespace import error_bound, magnitude, reduce, refit, sensitivity, zeros_held

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from implicitdl import StateSpace
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import ELU, HARDTANH, IDENTITY, LEAKY_RELU, RELU, SIGMOID, SILU, TANH
 from implicitdl.constraints import norm_inf
 from implicitdl.statespace import (

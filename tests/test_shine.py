@@ -15,11 +15,11 @@ from implicitdl import (
     Picard,
     fixed_point,
 )
-from implicitdl._checks import ArgumentError
-from implicitdl.iterate import iterate
-from implicitdl.rows import RowsOf
+from implicitdl._internal.errors import ArgumentError
+from implicitdl.equations.function import RowsOf
+from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import Broyden
-from implicitdl.testing import check_adjoint
+from implicitdl.testing.checks import check_adjoint
 
 N, BATCH = 12, 4
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import implicitdl
 from implicitdl import Auto, ImplicitModel
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import BUILTIN
 from implicitdl.certify import well_posed
 from implicitdl.constraints import LowRank, RowScaling, Unconstrained, WeightedRowScaling

@@ -17,7 +17,8 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from implicitdl import ImplicitModel, _store
+from implicitdl import ImplicitModel
+from implicitdl._internal import store
 from implicitdl.cli import main
 from implicitdl.data import load
 from implicitdl.sim import SIM
@@ -209,7 +210,7 @@ def test_a_folder_that_cannot_be_written_shows_before_anything_is_solved(
     def solved(*arguments, **options):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(_store, "_write", fails)
+    monkeypatch.setattr(store, "_write", fails)
     monkeypatch.setattr(SIM, "train", solved)
     out = tmp_path / "new" / "out"
     assert words in refused(capsys, ["sim", "--teacher", teachers / "net.pt2", *QUICK, "--out", out])

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
-from implicitdl.equilibrium import Equilibrium
+from implicitdl.equations.equilibrium import Equilibrium
 from implicitdl.fixed_point import fixed_point
 from implicitdl.sim import face
 from implicitdl.sim.certificate import cast_inside, certify

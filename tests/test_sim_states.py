@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from implicitdl import ImplicitModel
-from implicitdl._checks import ArgumentError
-from implicitdl._store import CheckpointError
+from implicitdl._internal.errors import ArgumentError
+from implicitdl._internal.store import CheckpointError
 from implicitdl.sim import get_states, load_states
 from implicitdl.sim.rescale import teacher_weights
 from implicitdl.statespace import perron_weights

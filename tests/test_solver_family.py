@@ -26,11 +26,11 @@ from implicitdl import (
     Unrolled,
     fixed_point,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import BUILTIN, IDENTITY, LEAKY_RELU, RELU, TANH
-from implicitdl.iterate import iterate
+from implicitdl.loop.iterate import iterate
 from implicitdl.solvers.base import Solver
-from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
+from implicitdl.testing.checks import MONOTONE_SOLVERS, SOLVERS
 
 
 class Counted:

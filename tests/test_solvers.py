@@ -20,9 +20,9 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
-from implicitdl.testing import (
+from implicitdl.testing.checks import (
     EXPANDING_SOLVERS,
     MONOTONE_SOLVERS,
     SOLVERS,

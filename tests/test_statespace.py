@@ -22,7 +22,7 @@ from implicitdl import (
     StateSpace,
     compress,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, SIGMOID, TANH, Activation
 from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, Unconstrained
 from implicitdl.statespace import Block

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from implicitdl import ImplicitModel, StateSpace
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.constraints import RowProjection, SoftRowScaling, StrictlyUpper, Unconstrained, WeightedRowScaling
 from implicitdl.statespace import rescale

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicitdl import _checks, _store
+from implicitdl._internal import errors, store
 
-SOURCE = Path(_checks.__file__).parents[1]
+SOURCE = Path(errors.__file__).parents[1]
 
 
 def old() -> tuple[dict[str, torch.Tensor], dict]:
@@ -29,7 +29,7 @@ def new() -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def same(folder: Path, checkpoint: tuple[dict[str, torch.Tensor], dict]) -> bool:
-    tensors, meta = _store.load(folder)
+    tensors, meta = store.load(folder)
     return (
         meta == checkpoint[1]
         and tensors.keys() == checkpoint[0].keys()
@@ -54,8 +54,8 @@ DTYPES = [
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4), (2, 3, 4)])
 def test_a_tensor_comes_back_bit_for_bit(tmp_path, dtype, shape):
     tensor = (10 * torch.randn(shape)).to(dtype)
-    _store.save(tmp_path / "c", {"x": tensor}, {})
-    tensors, meta = _store.load(tmp_path / "c")
+    store.save(tmp_path / "c", {"x": tensor}, {})
+    tensors, meta = store.load(tmp_path / "c")
     assert meta == {}
     assert tensors["x"].dtype == dtype
     assert tensors["x"].shape == tensor.shape
@@ -73,22 +73,22 @@ JSON = st.recursive(
 @settings(max_examples=30, deadline=None)
 def test_meta_comes_back(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("c")
-    _store.save(folder, {}, {"value": value})
-    assert _store.load(folder) == ({}, {"value": value})
+    store.save(folder, {}, {"value": value})
+    assert store.load(folder) == ({}, {"value": value})
 
 
 def test_nan_signs_and_infinities_in_tensors(tmp_path):
     tensor = torch.tensor([float("nan"), float("inf"), -0.0, 5e-324], dtype=torch.float64)
-    _store.save(tmp_path, {"x": tensor}, {})
-    found = _store.load(tmp_path)[0]["x"]
+    store.save(tmp_path, {"x": tensor}, {})
+    found = store.load(tmp_path)[0]["x"]
     assert torch.equal(found.view(torch.int64), tensor.view(torch.int64))
 
 
 def test_views_ties_transposes_and_parameters(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tied = torch.nn.Parameter(torch.randn(3))
-    _store.save(tmp_path, {"view": base[1:, ::2], "t": base.T, "tied1": tied, "tied2": tied}, {})
-    tensors, _ = _store.load(tmp_path)
+    store.save(tmp_path, {"view": base[1:, ::2], "t": base.T, "tied1": tied, "tied2": tied}, {})
+    tensors, _ = store.load(tmp_path)
     assert torch.equal(tensors["view"], base[1:, ::2])
     assert torch.equal(tensors["t"], base.T)
     assert torch.equal(tensors["tied1"], tied.detach())
@@ -96,14 +96,14 @@ def test_views_ties_transposes_and_parameters(tmp_path):
 
 
 def test_loaded_tensors_can_be_written_to(tmp_path):
-    _store.save(tmp_path, {"x": torch.zeros(2)}, {})
-    tensors, _ = _store.load(tmp_path)
+    store.save(tmp_path, {"x": torch.zeros(2)}, {})
+    tensors, _ = store.load(tmp_path)
     tensors["x"].add_(1)
-    assert torch.equal(_store.load(tmp_path)[0]["x"], torch.zeros(2))
+    assert torch.equal(store.load(tmp_path)[0]["x"], torch.zeros(2))
 
 
 def test_the_layout_is_the_one_of_save_pretrained(tmp_path):
-    _store.save(tmp_path / "c", *old())
+    store.save(tmp_path / "c", *old())
     assert sorted(os.listdir(tmp_path / "c")) == ["config.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["c"]
     config = json.loads((tmp_path / "c" / "config.json").read_text())
@@ -113,22 +113,22 @@ def test_the_layout_is_the_one_of_save_pretrained(tmp_path):
 
 def test_saving_leaves_other_files_alone_and_no_temporary(tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    _store.save(tmp_path, *old())
-    _store.save(tmp_path, *new())
+    store.save(tmp_path, *old())
+    store.save(tmp_path, *new())
     assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
     assert same(tmp_path, new())
 
 
 def test_the_same_checkpoint_is_the_same_bytes(tmp_path):
-    _store.save(tmp_path / "1", *old())
-    _store.save(tmp_path / "2", *old())
+    store.save(tmp_path / "1", *old())
+    store.save(tmp_path / "2", *old())
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def refused(folder: Path, **options) -> str:
-    with pytest.raises(_store.CheckpointError) as caught:
-        _store.load(folder, **options)
+    with pytest.raises(store.CheckpointError) as caught:
+        store.load(folder, **options)
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(f"checkpoint '{folder}': expected ")
@@ -144,13 +144,13 @@ def test_folder_without_a_checkpoint(tmp_path):
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     assert "Give the folder that the file is in" in refused(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
 def test_truncated_tensors(tmp_path, keep):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     text = refused(tmp_path)
@@ -159,26 +159,26 @@ def test_truncated_tensors(tmp_path, keep):
 
 
 def test_truncated_config(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     path = tmp_path / "config.json"
     path.write_bytes(path.read_bytes()[:-20])
     assert "a whole config.json, got one that cannot be read (" in refused(tmp_path)
 
 
 def test_missing_config(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     (tmp_path / "config.json").unlink()
     assert "config.json beside model.safetensors, got none" in refused(tmp_path)
 
 
 def test_config_of_another_library(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     (tmp_path / "config.json").write_text("{}")
     assert "Another library wrote it" in refused(tmp_path)
 
 
 def test_a_flipped_bit(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     path = tmp_path / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -188,21 +188,21 @@ def test_a_flipped_bit(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_pair_of_two_saves(tmp_path, name):
-    _store.save(tmp_path / "1", *old())
-    _store.save(tmp_path / "2", *new())
+    store.save(tmp_path / "1", *old())
+    store.save(tmp_path / "2", *new())
     (tmp_path / "1" / name).write_bytes((tmp_path / "2" / name).read_bytes())
     assert "The two files come from different saves" in refused(tmp_path / "1")
 
 
 def test_format_of_a_later_version(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
     assert "expected format 2, got format 3. Update implicitdl" in refused(tmp_path)
 
 
 def test_another_kind(tmp_path):
-    _store.save(tmp_path, *old())
+    store.save(tmp_path, *old())
     assert "a checkpoint of kind 'training', got 'model'" in refused(tmp_path, kind="training")
 
 
@@ -237,8 +237,8 @@ def test_a_folder_with_a_pickle_in_it(tmp_path, name):
 
 
 def not_saved(folder: Path, *checkpoint) -> str:
-    with pytest.raises(_store.CheckpointError) as caught:
-        _store.save(folder, *checkpoint)
+    with pytest.raises(store.CheckpointError) as caught:
+        store.save(folder, *checkpoint)
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(f"checkpoint '{folder}': expected ")
@@ -287,7 +287,7 @@ REFUSALS = [
 def test_the_system_refuses(tmp_path, monkeypatch, function, call, code, expected, do):
     """The call-th fsync or rename fails: what is there is whole, and the next save finds a clean folder."""
     folder = tmp_path / "c"
-    _store.save(folder, *old())
+    store.save(folder, *old())
     real, calls = getattr(os, function), []
 
     def refusing(*arguments):
@@ -306,7 +306,7 @@ def test_the_system_refuses(tmp_path, monkeypatch, function, call, code, expecte
     assert same(folder, (old, new)[committed]())
     assert ("config.json.new" in os.listdir(folder)) == committed
     assert "model.safetensors.new" not in os.listdir(folder)
-    _store.save(folder, *old())
+    store.save(folder, *old())
     assert same(folder, old())
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
@@ -322,30 +322,30 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(tmp_path, monkeypatch):
 
 def test_write_file_is_atomic_and_worded(tmp_path, monkeypatch):
     path = tmp_path / "metrics.csv"
-    _store.write_file(path, b"old")
+    store.write_file(path, b"old")
 
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(_store.CheckpointError, match="room on the disk"):
-        _store.write_file(path, b"new")
+    with pytest.raises(store.CheckpointError, match="room on the disk"):
+        store.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["metrics.csv"]
 
 
 def test_exists(tmp_path):
-    assert not _store.exists(tmp_path)
-    assert not _store.exists(tmp_path / "nowhere")
-    _store.save(tmp_path, *old())
-    assert _store.exists(tmp_path)
+    assert not store.exists(tmp_path)
+    assert not store.exists(tmp_path / "nowhere")
+    store.save(tmp_path, *old())
+    assert store.exists(tmp_path)
 
 
 # Each attempt is a forked process that ends, without any cleaning up, at its k-th call to the system; a write
 # that is cut has written half. `chain` lists the k of attempts made one after another in the same folder.
 CRASHES = """
 import os, shutil, sys, torch
-from implicitdl import _store
+from implicitdl._internal import store
 
 folder = sys.argv[1]
 state = lambda i: ({"A": torch.full((3, 3), float(i)), "b": torch.zeros(i + 1)}, {"kind": "model", "i": i})
@@ -361,23 +361,23 @@ def crash_at(k):
                 os._exit(9)
             return function(*arguments)
         return call
-    real = _store._write
+    real = store._write
     def half(path, data):
         with open(path, "wb") as file:
             file.write(data[: len(data) // 2])
-    _store._write = cut(real, half)
+    store._write = cut(real, half)
     os.replace, os.fsync, os.unlink = cut(os.replace), cut(os.fsync), cut(os.unlink)
 
 def attempt(i, k):
     child = os.fork()
     if child == 0:
         crash_at(k)
-        _store.save(folder, *state(i))
+        store.save(folder, *state(i))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def whole(allowed):
-    tensors, meta = _store.load(folder)
+    tensors, meta = store.load(folder)
     i = meta["i"]
     assert i in allowed, (i, allowed)
     assert all(torch.equal(tensors[name], value) for name, value in state(i)[0].items()), (i, tensors)
@@ -385,14 +385,14 @@ def whole(allowed):
 
 def chain(ks):
     shutil.rmtree(folder, ignore_errors=True)
-    _store.save(folder, *state(0))
+    store.save(folder, *state(0))
     now, finished = 0, True
     for i, k in enumerate(ks, start=1):
         code = attempt(i, k)
         assert code in (0, 9), code
         finished = code == 0
         now = whole({i} if finished else {now, i})
-    _store.save(folder, *state(9))
+    store.save(folder, *state(9))
     whole({9})
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"], os.listdir(folder)
     return finished

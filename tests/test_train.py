@@ -26,15 +26,16 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, Status, _checks, _store, fixed_point, solution
-from implicitdl._checks import ArgumentError, MissingExtraError
-from implicitdl.announce import announce
-from implicitdl.outcome import Outcome
+from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, Status, fixed_point, solution
+from implicitdl._internal import errors, store
+from implicitdl._internal.errors import ArgumentError, MissingExtraError
+from implicitdl.loop.announce import announce
+from implicitdl.loop.outcome import Outcome
 from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, train
 from implicitdl.training import processes as processes_module
 from implicitdl.training.state import pack, unpack
 
-SOURCE = Path(_checks.__file__).parents[1]
+SOURCE = Path(errors.__file__).parents[1]
 
 
 def samples(n: int = 60) -> TensorDataset:
@@ -753,7 +754,7 @@ def test_a_scaled_loss_skips_overflows_and_resumes_to_the_bit(tmp_path, monkeypa
     run("parts", 1)
     run("parts", 3, resume=True)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert "scaler" in _store.load(tmp_path / "whole" / "last")[1]["states"]
+    assert "scaler" in store.load(tmp_path / "whole" / "last")[1]["states"]
 
 
 def test_an_accelerator_of_the_users_own_stays_as_it_was(tmp_path):
@@ -834,10 +835,10 @@ def test_relative_dirname_is_under_the_current_directory(tmp_path, monkeypatch):
 def test_the_model_writes_its_best_itself_when_it_can(tmp_path):
     class Own(nn.Linear):
         def save_pretrained(self, folder):
-            _store.save(folder, self.state_dict(), {"kind": "Own"})
+            store.save(folder, self.state_dict(), {"kind": "Own"})
 
     model, _ = fit(tmp_path, 2, model=Own(6, 3))
-    assert _store.load(tmp_path / "best", kind="Own")[0].keys() == {"weight", "bias"}
+    assert store.load(tmp_path / "best", kind="Own")[0].keys() == {"weight", "bias"}
     load_weights(model, tmp_path / "best")
 
 
@@ -1035,7 +1036,7 @@ def test_a_dirname_that_is_none(dirname):
 def test_a_generator_that_runs_dry(tmp_path):
     text = refused(folder=tmp_path, data=((u, y) for u, y in loader()))
     assert "train_dl with batches, got none in epoch 2. A generator runs dry" in text
-    assert _store.load(tmp_path / "last")[1]["epoch"] == 1
+    assert store.load(tmp_path / "last")[1]["epoch"] == 1
 
 
 class Stream(IterableDataset):
@@ -1118,13 +1119,13 @@ def test_resuming_a_damaged_checkpoint(tmp_path):
     fit(tmp_path, 1)
     path = tmp_path / "last" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    text = refused(_store.CheckpointError, f"checkpoint '{tmp_path / 'last'}'", folder=tmp_path, resume=True)
+    text = refused(store.CheckpointError, f"checkpoint '{tmp_path / 'last'}'", folder=tmp_path, resume=True)
     assert "truncated or damaged" in text
 
 
 def test_resuming_where_last_is_no_run(tmp_path):
-    _store.save(tmp_path / "last", {}, {"kind": "weights"})
-    text = refused(_store.CheckpointError, "checkpoint", folder=tmp_path, resume=True)
+    store.save(tmp_path / "last", {}, {"kind": "weights"})
+    text = refused(store.CheckpointError, "checkpoint", folder=tmp_path, resume=True)
     assert "a checkpoint of kind 'training', got 'weights'" in text
 
 
@@ -1161,7 +1162,7 @@ def test_a_loss_that_is_not_finite(undisturbed, tmp_path, value, call, where):
     model = net()
     text = refused(NonFiniteLossError, folder=tmp_path, model=model, loss_fn=loss_fn)
     assert f"a finite loss, got {value} in {where}. Lower the learning rate" in text
-    assert _store.load(tmp_path / "last")[1]["epoch"] == call // 11
+    assert store.load(tmp_path / "last")[1]["epoch"] == call // 11
     assert all(p.isfinite().all() for p in model.parameters())  # noticed before the step
     fit(tmp_path, 3, resume=True)
     assert undisturbed(3)["metrics.csv"] == (tmp_path / "metrics.csv").read_bytes()
@@ -1188,7 +1189,7 @@ def test_a_late_reader_still_names_the_first_bad_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be(tmp_path, place):
     (tmp_path / "file").write_text("mine")
-    text = refused(_store.CheckpointError, "checkpoint", folder=tmp_path / place)
+    text = refused(store.CheckpointError, "checkpoint", folder=tmp_path / place)
     assert "A file is in the way" in text
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -1199,7 +1200,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    text = refused(_store.CheckpointError, "checkpoint", folder=tmp_path / "run")
+    text = refused(store.CheckpointError, "checkpoint", folder=tmp_path / "run")
     assert f"a folder that can be written, got {os.strerror(code)}" in text
     assert os.listdir(tmp_path) == []
 
@@ -1224,7 +1225,7 @@ def test_a_full_disk_at_any_write(tmp_path, monkeypatch, at):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        text = refused(_store.CheckpointError, "checkpoint", folder=tmp_path / "run", **standing_still())
+        text = refused(store.CheckpointError, "checkpoint", folder=tmp_path / "run", **standing_still())
     assert "room on the disk, got No space left on device. Free some space" in text
     _, logger = fit(tmp_path / "run", 3, resume=True, **standing_still())
     assert logger.best["epoch"] == 1
@@ -1399,7 +1400,7 @@ def test_logger_leaves_no_half_line_of_a_cut_write(tmp_path):
     logger = Logger(dir_name=tmp_path)
     logger.log({"a": 1})
     before = files(tmp_path)
-    with files_at_most(7), pytest.raises(_store.CheckpointError, match="got File too large"):
+    with files_at_most(7), pytest.raises(store.CheckpointError, match="got File too large"):
         logger.log({"a": 123456789})
     assert files(tmp_path) == before
 
@@ -1407,7 +1408,7 @@ def test_logger_leaves_no_half_line_of_a_cut_write(tmp_path):
 def test_a_cut_write_of_a_checkpoint(undisturbed, tmp_path):
     fit(tmp_path, 1)
     before = files(tmp_path / "last")
-    with files_at_most(4096), pytest.raises(_store.CheckpointError, match="got File too large"):
+    with files_at_most(4096), pytest.raises(store.CheckpointError, match="got File too large"):
         fit(tmp_path, 2, resume=True)
     assert files(tmp_path / "last") == before
     fit(tmp_path, 2, resume=True)
@@ -1462,7 +1463,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 sys.path.insert(0, sys.argv[2])
 from test_train import adam, files, fit, loader, net, samples
-from implicitdl import _store
+from implicitdl._internal import store
 from implicitdl.training import train, get_valid_accuracy
 
 torch.set_default_dtype(torch.float64)
@@ -1470,7 +1471,7 @@ root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 if rank > 0:
     def refuse(*arguments):
         raise AssertionError("only the main process writes")
-    os.replace = _store._write = _store._make = refuse
+    os.replace = store._write = store._make = refuse
 
 seen = []
 class Recorder(nn.Linear):

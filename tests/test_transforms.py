@@ -35,10 +35,10 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH, Activation
-from implicitdl.circular import CircularConvolution, CircularEquilibrium
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling
+from implicitdl.equations.circular import CircularConvolution, CircularEquilibrium
 from implicitdl.nn.monotone import MonotoneConvBlock
 from implicitdl.solvers.broyden import Broyden
 from implicitdl.solvers.newton import Newton

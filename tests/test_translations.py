@@ -7,7 +7,7 @@ import torch
 
 import implicitdl
 from implicitdl import DEQ, ImplicitModel, fixed_point
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from implicitdl import ImplicitFunctionTriu, ImplicitModel, PhantomGradient, fixed_point, viz
-from implicitdl._checks import ArgumentError, MissingExtraError
-from implicitdl._store import CheckpointError
+from implicitdl._internal.errors import ArgumentError, MissingExtraError
+from implicitdl._internal.store import CheckpointError
 from implicitdl.activations import SILU
 from implicitdl.constraints import RowProjection, Unconstrained
 from implicitdl.statespace import StateSpace, from_module

@@ -9,8 +9,8 @@ from torch import Tensor
 from implicitdl import ArgumentError, Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Unrolled, fixed_point
 from implicitdl.activations import HARDTANH, LEAKY_RELU, RELU
 from implicitdl.constraints import RowScaling
+from implicitdl.equations.weights import ScaledRows, scale_rows
 from implicitdl.kernels import build, rows, sweeps
-from implicitdl.weights import ScaledRows, scale_rows
 from kernel_paths import threads, torch_alone
 
 needs_c = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from implicitdl import Equilibrium, ImplicitModel, ImplicitRNN, StateSpace, certify, fixed_point
-from implicitdl._checks import ArgumentError
+from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.constraints import Monotone, RowProjection, SoftRowScaling, StrictlyUpper, Unconstrained
-from implicitdl.lowrank import LowRankEquilibrium
+from implicitdl.equations.lowrank import LowRankEquilibrium
 
 BAD = [torch.nan, torch.inf, -torch.inf]
 MODELS = {

@@ -1,18 +1,18 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
 from . import activations, certify, constraints, data, sim, solvers, statespace, viz
-from ._backend import Backend, backend
-from ._checks import ArgumentError
+from ._internal.errors import ArgumentError
+from ._internal.habits import unknown_name as _unknown_name
 from .activations import Activation
 from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
-from .circular import CircularConvolution, CircularEquilibrium
 from .data import cifar_load, mnist_load
-from .equilibrium import Equilibrium
+from .equations.circular import CircularConvolution, CircularEquilibrium
+from .equations.equilibrium import Equilibrium
+from .equations.jacobian import SpectralRadius, jacobian_regularization, spectral_radius
+from .equations.lowrank import LowRankEquilibrium
 from .fixed_point import fixed_point, root
-from .habits import unknown_name as _unknown_name
-from .jacobian import SpectralRadius, jacobian_regularization, spectral_radius
+from .kernels.backend import Backend, backend
 from .kernels.build import BackendWarning
-from .lowrank import LowRankEquilibrium
 from .nn import (
     DEQ,
     ImplicitFunction,

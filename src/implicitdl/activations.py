@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import wrong
+from ._internal.errors import wrong
 from .solution import ImplicitFunctionWarning
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -29,6 +29,9 @@ class Activation:
         slope: (min φ', max φ').
         homogeneous: whether φ(t z) = t φ(z) for t ≥ 0 (ReLU and its like).
 
+    Attributes:
+        compiled: the number of φ in the compiled loop, which knows some of the built-in ones; None of all others.
+
     Example:
         >>> import torch
         >>> from implicitdl.activations import RELU, SILU
@@ -43,6 +46,7 @@ class Activation:
     dphi: Elementwise
     slope: tuple[float, float]
     homogeneous: bool = False
+    compiled: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def lipschitz(self) -> float:
@@ -151,6 +155,12 @@ SOFTPLUS = Activation("softplus", partial(F.softplus, threshold=40.0), torch.sig
 ELU = Activation("elu", F.elu, lambda z: torch.exp(z.clamp(max=0)), (0.0, 1.0))
 SILU = Activation("silu", F.silu, _silu_slope, (1 - _SILU, _SILU))
 GELU = Activation("gelu", F.gelu, _gelu_slope, (1 - _GELU, _GELU))
+
+# Those that the compiled loop knows, in the order of its numbers (`phi` in sweeps.c).
+COMPILED = (RELU, LEAKY_RELU, IDENTITY, HARDTANH)
+for number, phi in enumerate(COMPILED):
+    object.__setattr__(phi, "compiled", number)  # of these records alone: one made from them may have another φ
+del number, phi
 
 BUILTIN: dict[str, Activation] = {
     a.name: a for a in (RELU, LEAKY_RELU, IDENTITY, TANH, SIGMOID, HARDTANH, SOFTPLUS, ELU, SILU, GELU)

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import transforms
-from ._checks import DIVERGED, finite, wrong
-from ._context import outside_graphs, plain, without_grad
-from .adjoints import Adjoint, ImplicitAdjoint
-from .announce import announce
-from .coupling import after, announce_coupling, are_coupled
-from .equilibrium import Equilibrium
-from .habits import unknown_keywords
-from .rows import OneRow, RowsOf, State, rows_of
+from ._internal.context import outside_graphs, plain, without_grad
+from ._internal.errors import DIVERGED, finite, wrong
+from ._internal.habits import unknown_keywords
+from .adjoints import Adjoint, ImplicitAdjoint, transforms
+from .equations.equilibrium import Equilibrium
+from .equations.function import OneRow, RowsOf, State, rows_of
+from .loop.announce import announce
+from .loop.coupling import after, announce_coupling, are_coupled
 from .solution import BackwardReport, OnFailure, Solution, check_on_failure
 from .solvers import Auto, Newton, Solver
 

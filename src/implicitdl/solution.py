@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from ._checks import choice
+from ._internal.errors import choice
 
 OnFailure = Literal["raise", "warn", "ignore"]
 

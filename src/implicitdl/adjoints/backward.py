@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import wrong
-from .._context import has_tangent, without_grad
-from ..announce import announce
-from ..coupling import after, announce_coupling, are_coupled
-from ..iterate import iterate
-from ..outcome import Outcome
-from ..rowmap import Linearization, RowMap
-from ..rows import OneRow, RowsOf
+from .._internal.context import has_tangent, without_grad
+from .._internal.errors import wrong
+from ..equations.function import OneRow, RowsOf
+from ..equations.map import Linearization, RowMap
+from ..loop.announce import announce
+from ..loop.coupling import after, announce_coupling, are_coupled
+from ..loop.iterate import iterate
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import precise

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..outcome import Outcome
-from ..rowmap import RowMap
+from ..equations.map import RowMap
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import wrong
-from .._context import batched_by_autograd, transformed
+from .._internal.context import batched_by_autograd, transformed
+from .._internal.errors import wrong
 from .guard import FirstOrderOnly
 
 Solve = Callable[[Tensor], Tensor]

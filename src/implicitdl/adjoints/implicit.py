@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import wrong
-from ..iterate import iterate
-from ..linearize import linearize
-from ..outcome import Outcome
-from ..rowmap import RowMap
+from .._internal.errors import wrong
+from ..equations.function import RowsOf
+from ..equations.linearize import linearize
+from ..equations.map import RowMap
+from ..loop.iterate import iterate
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Auto, Solver
 from .backward import BackwardSolve, attached, depends_on_weights
@@ -65,7 +66,8 @@ class ImplicitAdjoint(Adjoint):
         at = linearize(f, outcome.x, outcome.slope)
         if at is None or not depends_on_weights(at):
             return outcome.x, outcome
-        outcome = replace(outcome, fx=at.value.detach())
+        if isinstance(f, RowsOf):  # whose evaluation shows whether samples influence one another
+            outcome = replace(outcome, fx=at.value.detach())
         backward = BackwardSolve(f, at, self.solver, on_failure, trace, report)
         if self.order == 1:
             return attached(at, outcome.x, backward), outcome

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, settle
-from ..iterate import iterate
-from ..outcome import Outcome
-from ..rowmap import RowMap
+from .._internal.errors import positive_int, settle
+from ..equations.map import RowMap
+from ..loop.iterate import iterate
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import damping

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linearize import vjp
-from ..rowmap import RowMap
+from ..equations.linearize import vjp
+from ..equations.map import RowMap
 from .backward import BackwardSolve, first_order
 from .cotangents import many
 from .guard import FirstOrderOnly

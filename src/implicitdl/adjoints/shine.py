@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import positive, settle, wrong
-from ..iterate import iterate
-from ..linearize import linearize
-from ..outcome import Outcome
-from ..rowmap import RowMap
+from .._internal.errors import positive, settle, wrong
+from ..equations.linearize import linearize
+from ..equations.map import RowMap
+from ..loop.iterate import iterate
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.inverse import InverseEstimate

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import wrong
-from ..iterate import iterate
-from ..linearize import vjp
-from ..outcome import Outcome
-from ..rowmap import RowMap
+from .._internal.errors import wrong
+from ..equations.linearize import vjp
+from ..equations.map import RowMap
+from ..loop.iterate import iterate
+from ..loop.outcome import Outcome
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from .base import Adjoint

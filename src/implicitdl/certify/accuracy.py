@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import non_negative, wrong
+from .._internal.errors import non_negative, wrong
 from .attack import pgd
 from .bounds import margins
 from .domain import Box

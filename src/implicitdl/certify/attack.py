@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import non_negative, positive_int, wrong
+from .._internal.errors import non_negative, positive_int, wrong
 from .labels import check_labels, losing_by
 
 # Step size in units of ε/steps: far enough to cross the ball, and to come back from a face (Madry et al. 2018).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .domain import Box
 from .functionals import outputs, rivals
 from .labels import check_labels, classes

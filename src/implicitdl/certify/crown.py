@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..adjoints import Adjoint, ImplicitAdjoint
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
 from ..fixed_point import fixed_point
 from ..solution import OnFailure
 from ..solvers import Solver

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import finite, wrong
+from .._internal.errors import finite, wrong
 
 
 @dataclass(frozen=True, eq=False)

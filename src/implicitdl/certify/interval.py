@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..adjoints import Adjoint
 from ..solution import OnFailure
 from ..solvers import Solver

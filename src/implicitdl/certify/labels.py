@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 
 
 def classes(q: int) -> int:

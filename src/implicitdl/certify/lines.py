@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..activations import ELU, HARDTANH, SIGMOID, SOFTPLUS, TANH, Activation
 from ..statespace import StateSpace
 from .domain import Box

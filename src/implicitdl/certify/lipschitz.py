@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import ArgumentError, extra, wrong
+from .._internal.errors import ArgumentError, extra, wrong
 from ..statespace import StateSpace
 from ..statespace.blocks import slopes_of
 from .normal import Model, contractive, exact_space, rounding

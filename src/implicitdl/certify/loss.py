@@ -8,7 +8,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import non_negative, non_negative_int, positive_int, settle, wrong
+from .._internal.errors import non_negative, non_negative_int, positive_int, settle, wrong
 from ..adjoints import Adjoint
 from ..solvers import Solver
 from ..statespace import StateSpace

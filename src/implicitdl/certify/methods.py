@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import non_negative_int, settle
+from .._internal.errors import non_negative_int, settle
 from ..solvers import Solver
 from . import crown
 from .domain import Box

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import ArgumentError, wrong
+from .._internal.errors import ArgumentError, wrong
 from ..solution import ConvergenceError
 from ..statespace import StateSpace, eliminate_diagonal, perron_root, perron_weights
 from ..statespace.blocks import slopes_of

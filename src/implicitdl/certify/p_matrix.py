@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 
 # 2²⁰ principal minors take about a second; every further state doubles that.
 LARGEST = 20

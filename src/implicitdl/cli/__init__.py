@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .._checks import ArgumentError, MissingExtraError, extra
+from .._internal.errors import ArgumentError, MissingExtraError, extra
 from ..solution import ConvergenceError, ImplicitFunctionWarning
 
 _BAD_INPUT, _INTERRUPTED = 2, 130

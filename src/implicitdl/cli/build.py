@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._checks import positive_int, wrong
+from .._internal.errors import positive_int, wrong
 from ..data import Data, load
 from ..nn import ImplicitModel, JacobianPenalty
 from ..training.evaluate import Loss

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import certify as certification
 from .. import viz
-from .._checks import ArgumentError, choice, non_negative, non_negative_int, positive_int, wrong
+from .._internal.errors import ArgumentError, choice, non_negative, non_negative_int, positive_int, wrong
 from ..data import Data
 from ..nn import ImplicitModel
 from . import build, folder

@@ -18,8 +18,8 @@ from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
 
-from .. import _store
-from .._checks import ArgumentError, wrong
+from .._internal import store
+from .._internal.errors import ArgumentError, wrong
 from ..nn import ImplicitModel, pretrained, schema
 from ..training.logger import BEST, JSONL, LAST, refuse_run
 from .models import CLASSES, Model
@@ -45,7 +45,7 @@ def new(options: Options, out: str | None) -> Path:
         return next(path for i in itertools.count(1) if not os.path.lexists(path := Path(f"{name}-{i}")))
     folder = Path(out)
     if _is_main():
-        _store.refuse_owned(folder)  # before what it holds: the run that writes it may have just begun
+        store.refuse_owned(folder)  # before what it holds: the run that writes it may have just begun
     if is_sim(folder):
         raise wrong(WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
     refuse_run(WHO, folder, "Pass --resume to go on with it, or another --out.")
@@ -74,10 +74,10 @@ def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tupl
     if out is None:
         raise wrong(WHO, "--out with --resume", "none", "Name the folder of the run.")
     folder = Path(out)
-    if not _store.exists(folder / LAST):
+    if not store.exists(folder / LAST):
         return new(options, out), options
     if _is_main():
-        _store.refuse_owned(folder)
+        store.refuse_owned(folder)
     saved = read(WHO, folder)
     free = _FREE if saved.schedule == "cosine" else _FREE | {"epochs"}
     for name, value in given.items():
@@ -105,15 +105,15 @@ def claim(folder: Path, name: str, options: Any, saved: str, **more: Any) -> Ite
         saved: name of the folder of the first model.
         more: what else to write.
     """
-    with _store.owned(folder):  # which takes back the folder, where nothing stays in it
+    with store.owned(folder):  # which takes back the folder, where nothing stays in it
         before = (folder / name).read_bytes() if os.path.isfile(folder / name) else None
         try:
             write(folder / name, options, **more)
             yield
         except BaseException as error:
             if before is not None and isinstance(error, ArgumentError):
-                _store.write_file(folder / name, before)
-            elif not _store.exists(folder / saved):
+                store.write_file(folder / name, before)
+            elif not store.exists(folder / saved):
                 with contextlib.suppress(OSError):  # not made in the first place
                     (folder / name).unlink(missing_ok=True)
             raise
@@ -122,7 +122,7 @@ def claim(folder: Path, name: str, options: Any, saved: str, **more: Any) -> Ite
 def write(path: Path, options: Any, /, **more: Any) -> None:
     """How a run was made, and what else there is to say, as JSON."""
     content = {"implicitdl": version("implicitdl"), "options": dataclasses.asdict(options), **more}
-    _store.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    store.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read(who: str, folder: Path) -> Options:
@@ -152,11 +152,11 @@ def _options(saved: dict[str, Any]) -> Options:
 def _understood(who: str, folder: Path, name: str, use: Callable[[dict[str, Any]], T]) -> T:
     do = "The file is damaged, or of another version: take it from a copy of the run."
     try:
-        return use(_store.parse(_store.read(folder / name)))
-    except _store.CheckpointError:
+        return use(store.parse(store.read(folder / name)))
+    except store.CheckpointError:
         raise  # not readable at all, which is worded
     except (ValueError, TypeError, KeyError) as error:
-        reason = _store.quoted(str(error).partition("\n")[0].rstrip("."), 200)[1:-1]
+        reason = store.quoted(str(error).partition("\n")[0].rstrip("."), 200)[1:-1]
         raise wrong(who, f"a whole {name} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
 
@@ -164,7 +164,7 @@ def best(who: str, folder: Path, options: Options) -> Model:
     """The best checkpoint of a run with these options."""
     if is_sim(folder):
         return ImplicitModel.from_pretrained(folder / MODEL)
-    if not _store.exists(folder / BEST) and _store.exists(folder / LAST):
+    if not store.exists(folder / BEST) and store.exists(folder / LAST):
         raise wrong(who, f"a finished epoch in '{folder}'", "none yet", "Go on with it: implicitdl train --resume.")
     return CLASSES[options.model].from_pretrained(folder / BEST)
 
@@ -188,11 +188,11 @@ class _Row(TypedDict):
 def rows(who: str, folder: Path) -> list[dict[str, Any]]:
     """The figures of every epoch."""
     try:
-        found = [_store.parse(line) for line in _store.read(folder / JSONL).splitlines()]
+        found = [store.parse(line) for line in store.read(folder / JSONL).splitlines()]
         msgspec.convert(found, Annotated[list[_Row], msgspec.Meta(min_length=1)])
         return found
     except ValueError as error:
-        reason = _store.quoted(str(error), 200)[1:-1]
+        reason = store.quoted(str(error), 200)[1:-1]
         do = "Go on with the run: that rewrites it."
         raise wrong(who, f"a whole {JSONL} in '{folder}'", f"one that cannot be read ({reason})", do) from error
 
@@ -202,5 +202,5 @@ def _refuse(who: str, folder: Path) -> None:
     if not os.path.exists(folder):
         raise wrong(who, expected, f"nothing at '{folder}'", do)
     if os.path.isfile(folder):
-        _store.load(folder)  # words it: a pickle, or some other file
+        store.load(folder)  # words it: a pickle, or some other file
     raise wrong(who, expected, f"none in '{folder}'", do)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import activations
-from .._checks import takes, wrong
+from .._internal.errors import takes, wrong
 from ..data import Data, image_loader
 from ..data import load as load_data
 from ..sim import SIM, SIMReport, score

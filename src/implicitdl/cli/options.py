@@ -10,7 +10,16 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Option
 
-from .._checks import choice, fraction, non_negative, non_negative_int, open_unit, positive, positive_int, wrong
+from .._internal.errors import (
+    choice,
+    fraction,
+    non_negative,
+    non_negative_int,
+    open_unit,
+    positive,
+    positive_int,
+    wrong,
+)
 from ..activations import BUILTIN
 from ..data import NAMES
 from ..solvers.base import damping

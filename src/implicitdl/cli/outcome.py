@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import viz
-from .._checks import extra
+from .._internal.errors import extra
 from ..constraints import Unconstrained
 from ..data import Data
 from ..nn import ImplicitModel

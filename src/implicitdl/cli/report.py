@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import viz
-from .._backend import backend
-from .._checks import extra, wrong
+from .._internal.errors import extra, wrong
 from ..data import image_loader
+from ..kernels.backend import backend
 from ..nn import DenseEquilibriumClassifier, ImplicitModel
 from ..solution import Monitor, Report, Solution
 from ..training import get_valid_accuracy

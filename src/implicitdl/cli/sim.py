@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from typer import Option
 
-from .._checks import choice, non_negative, non_negative_int, open_unit, positive_int, wrong
+from .._internal.errors import choice, non_negative, non_negative_int, open_unit, positive_int, wrong
 from ..activations import BUILTIN
 from ..data import NAMES
 from ..sim.solvers import (

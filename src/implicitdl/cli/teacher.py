@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._checks import ArgumentError, wrong
+from .._internal.errors import ArgumentError, wrong
 from ..activations import MODULES
 from ..nn import ImplicitModel
 from ..sim.states import place_of

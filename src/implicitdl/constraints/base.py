@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import open_unit, wrong
-from ..weights import ScaledRows
+from .._internal.errors import open_unit, wrong
+from ..equations.weights import ScaledRows
 
 
 class Constraint(nn.Module, ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import open_unit, wrong
+from .._internal.errors import open_unit, wrong
 from ..activations import Activation
 from .base import Constraint
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import positive_int, wrong
-from ..circular import transfer
+from .._internal.errors import positive_int, wrong
+from ..equations.circular import transfer
 from .monotone import Monotone, monotonicity
 
 

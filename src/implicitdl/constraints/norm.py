@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._context import outside_graphs, plain, transformed
-from ..weights import ScaledRows, scale_rows
+from .._internal.context import outside_graphs, plain, transformed
+from ..equations.weights import ScaledRows, scale_rows
 from .base import Constraint
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import choice, positive, positive_int, wrong
-from ..circular import transfer
+from .._internal.errors import choice, positive, positive_int, wrong
+from ..equations.circular import transfer
 from .base import Constraint
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, wrong
-from .._context import plain
+from .._internal.context import plain
+from .._internal.errors import positive_int, wrong
 from .base import Constraint, norm_inf
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import wrong
-from ..weights import row_scale
+from .._internal.errors import wrong
+from ..equations.weights import row_scale
 from .base import Constraint
 
 

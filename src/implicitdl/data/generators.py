@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from .._checks import choice, fraction, non_negative, non_negative_int, positive, positive_int, wrong
+from .._internal.errors import choice, fraction, non_negative, non_negative_int, positive, positive_int, wrong
 
 Slices = tuple[tuple[int, int], tuple[int, int]]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .._checks import positive_int
+from .._internal.errors import positive_int
 
 
 class Images(Dataset[tuple[Tensor, int]]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import choice, extra, fraction, non_negative_int, positive_int, wrong
+from .._internal.errors import choice, extra, fraction, non_negative_int, positive_int, wrong
 from .images import Images, image_loader
 from .sources import NAMES, data_root, digits, torchvision_split
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .._checks import ArgumentError, extra, wrong
+from .._internal.errors import ArgumentError, extra, wrong
 from .images import Images
 
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}

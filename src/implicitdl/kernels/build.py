@@ -43,20 +43,19 @@ def reachable(*tensors: Tensor) -> bool:
     # A tracer and a mode of dispatch see torch's operations only, and would take the results for constants.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
-    return all(x.dtype is dtype and _is_dense(x) for x in tensors)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether x has the numbers that it shows at its own address, by its own strides."""
-    return (
-        type(x) in _DENSE
-        and x.is_cpu
-        and x.layout is torch.strided
-        and not x.is_nested
-        and not x.is_neg()  # the imaginary part of a conjugate, with the other sign in memory
-        and torch._C._has_storage(x)  # torch.func's wrappers have none
-        and (x.data_ptr() != 0 or x.numel() == 0)  # torch's own zeros, and storage that was given back
-    )
+    for x in tensors:  # a loop, because this is asked several times a solve
+        if (
+            x.dtype is not dtype
+            or type(x) not in _DENSE
+            or not x.is_cpu
+            or x.layout is not torch.strided
+            or x.is_nested
+            or x.is_neg()  # the imaginary part of a conjugate, with the other sign in memory
+            or not torch._C._has_storage(x)  # torch.func's wrappers have none
+            or (x.data_ptr() == 0 and x.numel() != 0)  # torch's own zeros, and storage that was given back
+        ):
+            return False
+    return True
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import positive_int, wrong
+from .._internal.errors import positive_int, wrong
 from ..activations import TANH
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
 from ..statespace import StateSpace
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from .._checks import non_negative_int, open_unit, positive_int, wrong
+from .._internal.errors import non_negative_int, open_unit, positive_int, wrong
 from ..adjoints import Adjoint, ImplicitAdjoint
 from ..solution import OnFailure
 from ..solvers import PeacemanRachford, Solver

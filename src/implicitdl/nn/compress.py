@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..constraints import Unconstrained, norm_inf
 from ..statespace import StateSpace, from_module, loop_gain, rescale
 from .function import ImplicitFunctionInf, ImplicitFunctionTriu

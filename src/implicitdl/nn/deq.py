@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import positive_int, wrong
-from .._context import transformed
+from .._internal.context import transformed
+from .._internal.errors import positive_int, wrong
+from .._internal.habits import unknown_keywords
 from ..adjoints import Adjoint, ImplicitAdjoint
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
+from ..equations.frozen import Frozen
 from ..fixed_point import State, check_settings, fixed_point
-from ..frozen import Frozen
-from ..habits import unknown_keywords
 from ..solution import OnFailure, Report, Solution
 from ..solvers import Auto, Solver
 from ..statespace import StateSpace
@@ -24,7 +24,7 @@ class DEQ(nn.Module):
     """A deep equilibrium layer: the solution of x = f(x, u), for any f.
 
     The state, often written z*, is x here.  Dropout in f draws one mask, and batch norm makes one update of its
-    running statistics, per solve (`implicitdl.frozen.Frozen`).  Where f has a method ``equilibrium(*u)`` that gives
+    running statistics, per solve (`Frozen`).  Where f has a method ``equilibrium(*u)`` that gives
     the same map as an `Equilibrium`, that is solved, with its Jacobian in closed form; only then do torch.func's
     transforms go through the layer (`fixed_point` says why).
 

@@ -9,7 +9,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .._checks import ArgumentError, wrong
+from .._internal.errors import ArgumentError, wrong
 from ..constraints import LowRank, RowProjection, RowScaling, SoftRowScaling
 from ..statespace import StateSpace, loop_gain
 

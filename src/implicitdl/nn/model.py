@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks
-from .._checks import wrong
-from .._context import plain
+from .._internal import errors
+from .._internal.context import plain
+from .._internal.errors import wrong
 from ..activations import Activation
 from ..adjoints import Adjoint
 from ..constraints import Constraint, LowRank
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
+from ..equations.lowrank import LowRankEquilibrium
+from ..equations.weights import ScaledRows
 from ..fixed_point import fixed_point
 from ..kernels import rows as kernel
-from ..lowrank import LowRankEquilibrium
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from ..statespace import StateSpace
-from ..weights import ScaledRows
 from . import matrices, pretrained, settings
 from .function import ImplicitFunction, ImplicitFunctionInf
 from .pretrained import Pretrained
@@ -106,9 +106,9 @@ class ImplicitModel(Pretrained):
         who = "ImplicitModel"
         if not (isinstance(f, type) and issubclass(f, ImplicitFunction)):
             raise wrong(who, "f to be a subclass of ImplicitFunction", repr(f))
-        self.input_dim = _checks.positive_int(who, "input_dim", input_dim)
-        self.output_dim = _checks.positive_int(who, "output_dim", output_dim)
-        self.hidden_dim = _checks.positive_int(who, "hidden_dim", hidden_dim)
+        self.input_dim = errors.positive_int(who, "input_dim", input_dim)
+        self.output_dim = errors.positive_int(who, "output_dim", output_dim)
+        self.hidden_dim = errors.positive_int(who, "hidden_dim", hidden_dim)
         self.no_D, self.bias, self.is_low_rank = bool(no_D), bool(bias), bool(is_low_rank)
         self.rank = settings.rank(is_low_rank, rank, hidden_dim)
         self.f = f
@@ -118,7 +118,7 @@ class ImplicitModel(Pretrained):
         default = settings.default_solver(self.constraint)
         self.solver = settings.solver(f, solver, tol, mitr, default)
         self.adjoint = settings.adjoint(f, adjoint, grad_tol, grad_mitr, default)
-        _checks.choice(who, "on_failure", on_failure, ("raise", "warn", "ignore"))
+        errors.choice(who, "on_failure", on_failure, ("raise", "warn", "ignore"))
         self.on_failure = on_failure
         self._create_parameters(device, dtype)
 
@@ -194,7 +194,7 @@ class ImplicitModel(Pretrained):
     def _check_weights(self) -> None:
         """An error if a parameter is not finite, which shows in what is computed with it."""
         for name, weight in self.named_parameters():
-            _checks.finite("ImplicitModel", name, weight, _checks.DIVERGED)
+            errors.finite("ImplicitModel", name, weight, errors.DIVERGED)
 
     def _solve(
         self, weights: Weights | tuple[Tensor | ScaledRows], b: Tensor, X0: Tensor | None, *, trace: bool = False
@@ -220,14 +220,14 @@ class ImplicitModel(Pretrained):
             if U.dim() > 2 and U.shape[-1] == p and u.shape[0]:
                 advice = f"Pass u.flatten(0, {U.dim() - 2}) where every vector is a sample, or use ImplicitRNN."
             raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), advice)
-        _checks.same_place("ImplicitModel", "u", u, self.B)
+        errors.same_place("ImplicitModel", "u", u, self.B)
         return u
 
     def _input_term(self, u: Tensor) -> Tensor:
         """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
         b = F.linear(u, self.B, self.b_x)
         if plain() and not _all_finite(b):
-            _checks.finite("ImplicitModel", "u", u)
+            errors.finite("ImplicitModel", "u", u)
             self._check_weights()
         return b
 
@@ -246,7 +246,7 @@ class ImplicitModel(Pretrained):
     def _state(self, X0: Tensor, b: Tensor) -> Tensor:
         if X0.shape != b.shape:
             raise wrong("ImplicitModel", f"X0 of shape (batch={b.shape[0]}, n={b.shape[1]})", tuple(X0.shape))
-        _checks.same_place("ImplicitModel", "X0", X0, self.B)
+        errors.same_place("ImplicitModel", "X0", X0, self.B)
         return X0.to(b.dtype)
 
     def extra_repr(self) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int, wrong
+from .._internal.errors import positive_int, wrong
 from ..activations import RELU, Activation
-from ..circular import CircularConvolution, CircularEquilibrium
 from ..constraints import MonotoneKernel
 from ..constraints.monotone import require_proximal
+from ..equations.circular import CircularConvolution, CircularEquilibrium
 
 
 class MonotoneConvBlock(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int
-from ..jacobian import jacobian_regularization
+from .._internal.errors import positive, positive_int
+from ..equations.jacobian import jacobian_regularization
 from .deq import DEQ
 
 

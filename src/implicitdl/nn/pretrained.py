@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from .. import _store, activations, adjoints, constraints, solvers
-from .._checks import wrong
-from .._store import CheckpointError, Form, quoted
+from .. import activations, adjoints, constraints, solvers
+from .._internal import store
+from .._internal.errors import wrong
+from .._internal.store import CheckpointError, Form, quoted
 from ..adjoints import Adjoint
 from ..constraints import Constraint, WeightedRowScaling
 from ..solvers import Solver
@@ -59,7 +60,7 @@ class Pretrained(nn.Module):
         """
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         _refuse_what_is_not_rebuilt(self, str(folder), tensors)
-        _store.save(folder, tensors, config(self))
+        store.save(folder, tensors, config(self))
 
 
 Model = TypeVar("Model", bound=Pretrained)
@@ -71,7 +72,7 @@ def load(cls: type[Model], folder: str | Path, **own: Any) -> Model:
     Everything that the folder says is checked before it is believed: the configuration against the annotations of
     the classes that it names, and the tensors' names, shapes and dtypes against a model without memory.
     """
-    with _store.opened(folder, kind=cls.__name__) as checkpoint:
+    with store.opened(folder, kind=cls.__name__) as checkpoint:
         try:
             arguments, dtype = _arguments(cls, checkpoint.meta, checkpoint.forms, own)
             _check_forms(cls, arguments, dtype, checkpoint.forms)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .. import _checks
-from .._checks import wrong
-from .._context import plain
+from .._internal import errors
+from .._internal.context import plain
+from .._internal.errors import wrong
 from .model import ImplicitModel
 
 
@@ -36,8 +36,8 @@ class ImplicitRNNCell(nn.Module):
 
     def __init__(self, *, input_dim: int, implicit_hidden_dim: int, hidden_dim: int, **options: Any) -> None:
         super().__init__()
-        self.input_dim = _checks.positive_int("ImplicitRNNCell", "input_dim", input_dim)
-        self.hidden_dim = _checks.positive_int("ImplicitRNNCell", "hidden_dim", hidden_dim)
+        self.input_dim = errors.positive_int("ImplicitRNNCell", "input_dim", input_dim)
+        self.hidden_dim = errors.positive_int("ImplicitRNNCell", "hidden_dim", hidden_dim)
         self.layer = ImplicitModel(
             input_dim=input_dim + hidden_dim, output_dim=hidden_dim, hidden_dim=implicit_hidden_dim, **options
         )
@@ -71,7 +71,7 @@ class ImplicitRNNCell(nn.Module):
         from_input = F.linear(x, B_u, layer.b_x)
         for name, weight in (("B", layer.B), ("b_x", layer.b_x)):
             if weight is not None:
-                _checks.finite("ImplicitRNNCell", name, weight, _checks.DIVERGED)
+                errors.finite("ImplicitRNNCell", name, weight, errors.DIVERGED)
         state: Tensor | None = None
         outputs = []
         for t in range(x.shape[1]):
@@ -95,8 +95,8 @@ class ImplicitRNNCell(nn.Module):
                 who, f"x of shape (batch, steps, input_dim={self.input_dim})", tuple(x.shape),
                 "Batches come first, and every sequence has at least one step.",
             )  # fmt: skip
-        _checks.same_place(who, "x", x, self.layer.B)
-        _checks.finite(who, "x", x)
+        errors.same_place(who, "x", x, self.layer.B)
+        errors.finite(who, "x", x)
         if h0 is not None and h0.shape != (x.shape[0], self.hidden_dim):
             raise wrong(who, f"h0 of shape (batch={x.shape[0]}, hidden_dim={self.hidden_dim})", tuple(h0.shape))
 
@@ -155,7 +155,7 @@ class ImplicitRNN(nn.Module):
         y = self.linear(outputs if every_step else h)
         if plain() and not torch.isfinite(y.detach().sum()):
             for name, weight in self.linear.named_parameters():
-                _checks.finite("ImplicitRNN", name, weight, _checks.DIVERGED)
+                errors.finite("ImplicitRNN", name, weight, errors.DIVERGED)
         return (y, h) if return_state else y
 
 

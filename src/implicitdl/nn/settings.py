@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from .._checks import open_unit, positive_int, wrong
+from .._internal.errors import open_unit, positive_int, wrong
 from ..activations import Activation
 from ..adjoints import Adjoint, ImplicitAdjoint
 from ..constraints import Constraint, LowRank, Monotone

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .._checks import non_negative, positive, wrong
+from .._internal.errors import non_negative, positive, wrong
 from ..fixed_point import State
 from ..solution import Solution
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .record import Call
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import finite
+from .._internal.errors import finite
 from ..activations import Activation
 from ..constraints import Constraint, LowRank, RowScaling, Unconstrained, WeightedRowScaling
 from ..nn import ImplicitModel

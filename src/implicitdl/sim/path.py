@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..nn import ImplicitModel
 from .matching import Matching, Progress
 from .problem import RowProblem

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .._checks import finite, non_negative, wrong
+from .._internal.errors import finite, non_negative, wrong
 from .face import Faces
 
 # Samples of the states that are in memory in float64 at a time: 160 MiB for 5,000 features.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from .._checks import extra
+from .._internal.errors import extra
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._checks import shown
+from .._internal.errors import shown
 from ..constraints import WeightedRowScaling
 from ..nn import ImplicitModel
 from .matching import Matching

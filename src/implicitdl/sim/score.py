@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..training.classes import is_integer, right
 from ..training.evaluate import evaluating, pair
 from .states import place_of

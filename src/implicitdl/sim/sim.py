@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import non_negative, open_unit, positive_int, wrong
+from .._internal.errors import non_negative, open_unit, positive_int, wrong
 from ..activations import Activation, from_function
 from ..nn import ImplicitModel
 from .matching import Matching, in_units

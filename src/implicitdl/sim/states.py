@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int, takes, wrong
+from .._internal.errors import positive_int, takes, wrong
 from ..training.evaluate import evaluating
 from .choice import chosen, whole_modules
 from .record import Call, Recorder

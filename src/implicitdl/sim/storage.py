@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _store
-from .._checks import wrong
+from .._internal import store
+from .._internal.errors import wrong
 
 FILE = "states.json"
 NAMES = ("X", "U", "Z", "Y")
@@ -104,7 +104,7 @@ class Columns:
         return self._files[name]
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return _store.writing(self._folder or Path(tempfile.gettempdir()))
+        return store.writing(self._folder or Path(tempfile.gettempdir()))
 
 
 class _File:
@@ -146,7 +146,7 @@ def new_folder(who: str, path: str | os.PathLike[str]) -> Path:
         got = "states in it" if (folder / FILE).exists() else "other files in it"
         do = "Name another folder; states that are there are read with states_data_path, or load_states."
         raise wrong(who, f"a new folder, not '{folder}'", got, do)
-    with _store.writing(folder):
+    with store.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -161,7 +161,7 @@ def save_header(folder: Path, states: States) -> None:
         "affine": states.affine,
         "batch_shape": list(states.batch_shape),
     }
-    _store.write_file(folder / FILE, (json.dumps(header, indent=1) + "\n").encode())
+    store.write_file(folder / FILE, (json.dumps(header, indent=1) + "\n").encode())
 
 
 def load_states(path: str | os.PathLike[str]) -> States:
@@ -212,5 +212,5 @@ def _load(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _wrong(folder: Path, expected: str, got: object, do: str) -> _store.CheckpointError:
-    return _store.CheckpointError(str(wrong(f"states '{folder}'", expected, got, do)))
+def _wrong(folder: Path, expected: str, got: object, do: str) -> store.CheckpointError:
+    return store.CheckpointError(str(wrong(f"states '{folder}'", expected, got, do)))

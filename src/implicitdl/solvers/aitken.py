@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, settle, wrong
+from .._internal.errors import positive_int, settle, wrong
+from ..equations.map import RowMap
 from ..kernels import rows as kernel
-from ..rowmap import RowMap
 from .base import Solver
 
 _KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

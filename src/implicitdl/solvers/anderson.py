@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int, settle
+from .._internal.errors import positive, positive_int, settle
+from ..equations.map import RowMap
 from ..kernels.anderson import Memory
-from ..rowmap import RowMap
 from .base import Solver, damping, precise
 
 

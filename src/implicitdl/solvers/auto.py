@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
+from ..equations.linear_maps import EquilibriumAdjoint
+from ..equations.map import RowMap
 from ..kernels.sweeps import Swept
-from ..linear_maps import EquilibriumAdjoint
-from ..rowmap import RowMap
 from .aitken import Aitken
 from .anderson import Anderson
 from .base import Solver

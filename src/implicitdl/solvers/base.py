@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import non_negative, open_unit, positive_int, real, settle, wrong
+from .._internal.errors import non_negative, open_unit, positive_int, real, settle, wrong
+from ..equations.map import RowMap
 from ..kernels.sweeps import Swept
-from ..rowmap import RowMap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +34,7 @@ class Solver(ABC):
         atol: absolute tolerance of the same test.
         max_steps: the most evaluations of f spent on a sample.
 
-    A new solver is a subclass with `init` and `step`, one export, and one line in `testing.py`.
+    A new solver is a subclass with `init` and `step`, one export, and one line in `testing/checks.py`.
     """
 
     rtol: float | None = None

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int, settle, wrong
-from ..rowmap import RowMap
+from .._internal.errors import positive, positive_int, settle, wrong
+from ..equations.map import RowMap
 from .base import Rows, Solver, precise, residual
 from .inverse import InverseEstimate
 from .search import Search

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, settle
-from ..rowmap import RowMap
+from .._internal.errors import positive_int, settle
+from ..equations.map import RowMap
 from .base import Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 

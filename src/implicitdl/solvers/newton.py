@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import positive_int, settle, wrong
-from ..linearize import vjp
-from ..rowmap import RowMap
+from .._internal.errors import positive_int, settle, wrong
+from ..equations.linearize import vjp
+from ..equations.map import RowMap
 from .base import Rows, Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 from .search import Search

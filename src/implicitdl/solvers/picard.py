@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import settle
-from ..rowmap import RowMap
+from .._internal.errors import settle
+from ..equations.map import RowMap
 from .base import Solver, damping
 
 

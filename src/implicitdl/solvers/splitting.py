@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive, positive_int, settle, wrong
+from .._internal.errors import positive, positive_int, settle, wrong
 from .base import Rows, Solver
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import wrong
-from ..rowmap import RowMap
+from .._internal.errors import wrong
+from ..equations.map import RowMap
 from .base import Solver
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..activations import Activation
 from .gap import inverse_of_gap
 from .matrices import assemble, eye, product, take

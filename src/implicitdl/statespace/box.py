@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .blocks import slopes_of
 from .comparison import rounding, spread
 from .equivalence import without_linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..activations import IDENTITY
 from .matrices import eye
 from .perron import gains, perron_root, perron_weights

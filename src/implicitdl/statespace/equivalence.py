@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .gap import inverse_of_gap
 from .matrices import diagonal, eye, product, scaled, take, take_rows
 from .perron import perron_weights

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .. import _checks
-from .._checks import ArgumentError, wrong
+from .._internal import errors
+from .._internal.errors import ArgumentError, wrong
 from ..activations import Activation
 from .blocks import Block
 from .matrices import is_sparse, normalized
@@ -60,7 +60,7 @@ def blocks_given(given: Activation | Sequence[tuple[Activation, int]], n: int) -
     for activation, size in blocks:
         if not isinstance(activation, Activation):
             raise wrong(WHO, "blocks of pairs (Activation, size)", repr(activation))
-        _checks.positive_int(WHO, "the size of a block", size)
+        errors.positive_int(WHO, "the size of a block", size)
     total = sum(block.size for block in blocks)
     if total != n:
         raise wrong(WHO, f"blocks whose sizes add up to n={n}", f"{[block.size for block in blocks]}, {total} in all")
@@ -71,7 +71,7 @@ def check_finite(who: str, space: StateSpace) -> None:
     """Refuse matrices and biases with entries that are not finite."""
     for name in ("A", "B", "C", "D", "b_x", "b_y"):
         tensor = getattr(space, name)
-        _checks.finite(who, name, tensor.values() if is_sparse(tensor) else tensor, _checks.DIVERGED)
+        errors.finite(who, name, tensor.values() if is_sparse(tensor) else tensor, errors.DIVERGED)
 
 
 def check_form(space: StateSpace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .graph import looping
 from .matrices import count_nonzero, dense, eye, is_sparse, product, sparse
 

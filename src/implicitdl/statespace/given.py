@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from .space import StateSpace
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import open_unit, wrong
+from .._internal.errors import open_unit, wrong
 from .blocks import slopes_of
 from .graph import components, looping
 from .matrices import coo, dense, entries, take

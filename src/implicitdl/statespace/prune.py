@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .._checks import open_unit, wrong
+from .._internal.errors import open_unit, wrong
 from .blocks import slopes_of
 from .comparison import rounding, spread
 from .given import Model, space_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..constraints import norm_inf
 from ..constraints.norm import project_l1
 from .given import Model, space_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..adjoints import Adjoint
-from ..equilibrium import Equilibrium
+from ..equations.equilibrium import Equilibrium
 from ..fixed_point import fixed_point
 from ..solution import BackwardReport, Measured, OnFailure, Solution, Status
 from ..solvers import Solver

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._checks import wrong
+from .._internal import errors
+from .._internal.errors import wrong
 from ..activations import RELU, Activation
 from ..adjoints import Adjoint
 from ..solution import OnFailure, Solution
@@ -139,7 +139,7 @@ class StateSpace:
             >>> StateSpace.elementwise(RELU, 2, like=torch.zeros(1, 1))(torch.tensor([[1.0, -1.0]]))
             tensor([[1., 0.]])
         """
-        identity = eye(_checks.positive_int(WHO, "size", size), like)
+        identity = eye(errors.positive_int(WHO, "size", size), like)
         return cls(zeros(size, size, like), identity, identity, blocks=activation)
 
     @property
@@ -321,8 +321,8 @@ class StateSpace:
         u = given.flatten(1) if given.dim() > 2 else given
         if u.dim() != 2 or u.shape[1] != self.p or u.shape[0] == 0:
             raise wrong(WHO, f"u of shape (batch ≥ 1, p={self.p})", tuple(given.shape), _layout(given, self.p))
-        _checks.same_place(WHO, "u", u, self.A)
-        _checks.finite(WHO, "u", u)
+        errors.same_place(WHO, "u", u, self.A)
+        errors.finite(WHO, "u", u)
         return u
 
     def _mapped(self, f: Callable[[Tensor], Tensor]) -> StateSpace:

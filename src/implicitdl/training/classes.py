@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 
 
 def right(y: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..solution import ImplicitFunctionWarning
 from .evaluate import Loss, evaluating, length_of, loss_of, measure, pair
 from .logger import BEST, LAST, Logger, Row, save_weights, write_rows

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import choice, extra, wrong
+from .._internal.errors import choice, extra, wrong
 from .classes import is_integer
 from .meter import Meter, figures
 from .processes import PRECISIONS, Device, Precision, move

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from .. import _store
-from .._checks import wrong
+from .._internal import store
+from .._internal.errors import wrong
 from ..nn.pretrained import NotRebuiltError
 from .state import check_weights, of, set_weights, weights_of
 
@@ -144,7 +144,7 @@ class Logger:
 
 def refuse_run(who: str, folder: Path, do: str) -> None:
     """Raise when a folder holds a run: nothing is ever overwritten."""
-    held = [name for name in (BEST, LAST) if _store.exists(folder / name)]
+    held = [name for name in (BEST, LAST) if store.exists(folder / name)]
     held += [name for name in (CSV, JSONL) if os.path.isfile(folder / name) and os.path.getsize(folder / name)]
     if held:
         raise wrong(who, f"a folder without a run in '{folder}'", f"one with {held[0]}", do)
@@ -163,7 +163,7 @@ def save_weights(model: nn.Module, folder: Path, row: Row) -> None:
             pass
     tensors, rest = weights_of(model)
     meta = {"kind": WEIGHTS, "model": type(model).__qualname__, "extra": rest, "row": _strict(row)}
-    _store.save(folder, tensors, meta)
+    store.save(folder, tensors, meta)
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: no whole checkpoint there.
         ArgumentError: the checkpoint of another model.
     """
-    with _store.opened(folder) as checkpoint:
+    with store.opened(folder) as checkpoint:
         prefix = "model." if checkpoint.meta.get("kind") == "training" else ""
         check_weights("load_weights", model, of(checkpoint.forms, prefix))
         tensors, extra = of(checkpoint.tensors(), prefix), checkpoint.meta.get("extra", {})
@@ -187,14 +187,14 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Rewrite both files, each atomically."""
     names = list(rows[0]) if rows else []
-    _store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
-    _store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
+    store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
+    store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
 
 
 def _append_row(folder: Path, row: Row, first: bool) -> None:
     head = _csv(list(row)) if first else ""
     for name, text in ((CSV, head + _csv(_cells(row))), (JSONL, _json(row))):
-        _store.append_to(folder / name, text.encode())
+        store.append_to(folder / name, text.encode())
 
 
 def _cells(row: Row) -> list[Any]:

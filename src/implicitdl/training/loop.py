@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import _store
-from .._checks import choice, non_negative_int, positive, positive_int, wrong
+from .._internal import store
+from .._internal.errors import choice, non_negative_int, positive, positive_int, wrong
 from .epoch import Epochs, verdict
 from .evaluate import Loss, length_of
 from .logger import Logger
@@ -170,4 +170,4 @@ def train(
 
 
 def _owner(folder: Path, place: Processes) -> contextlib.AbstractContextManager[None]:
-    return _store.owned(folder) if place.main else contextlib.nullcontext()
+    return store.owned(folder) if place.main else contextlib.nullcontext()

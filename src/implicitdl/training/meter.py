@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import ArgumentError, wrong
+from .._internal.errors import ArgumentError, wrong
 from ..solution import Figures, Monitor
 from .classes import binary, is_integer, of_logits, right, zeros_and_ones
 

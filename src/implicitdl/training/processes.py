@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from .._checks import choice, extra, wrong
+from .._internal.errors import choice, extra, wrong
 
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS = get_args(Precision)

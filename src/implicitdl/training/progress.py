@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .._checks import extra
+from .._internal.errors import extra
 from .logger import Row
 
 # A few times a second is what an eye follows; every refresh waits for the device.

@@ -11,8 +11,8 @@ import msgspec
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import _store
-from .._checks import wrong
+from .._internal import store
+from .._internal.errors import wrong
 from .logger import LAST, Row, refuse_run
 from .state import check_weights, of, pack, set_weights, unpacked, weights_of
 
@@ -63,7 +63,7 @@ class Run:
             "extra": rest,
             "rows": pack(self.rows, "rows", tensors),
         }
-        _store.save(self.folder / LAST, tensors, meta)
+        store.save(self.folder / LAST, tensors, meta)
 
     def restore(self, seed: int | None, epochs: int) -> None:
         """Take up what ``last`` holds, or change nothing and say why not.
@@ -73,13 +73,13 @@ class Run:
             epochs: how many the caller wants in all.
         """
         who = f"train(resume) of '{self.folder}'"
-        with _store.opened(self.folder / LAST, kind=KIND) as checkpoint:
+        with store.opened(self.folder / LAST, kind=KIND) as checkpoint:
             try:
                 meta = msgspec.convert(checkpoint.meta, _Meta)
             except ValueError as error:
                 do = "It is damaged, or of another version: take a copy of the run."
                 raise checkpoint.wrong(
-                    "the state of a run", f"another ({_store.quoted(str(error), 200)})", do
+                    "the state of a run", f"another ({store.quoted(str(error), 200)})", do
                 ) from error
             self._check(who, of(checkpoint.forms, "model."), meta, seed, epochs)
             tensors = checkpoint.tensors()
@@ -89,12 +89,12 @@ class Run:
             try:
                 part.load_state_dict(states[name])
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                reason = _store.quoted(str(error), 200)
+                reason = store.quoted(str(error), 200)
                 raise checkpoint.wrong(f"a state that this {name} takes", f"another ({reason})") from error
         set_weights(who, self.model, of(tensors, "model."), meta.extra)
         self.seed, self.rows = meta.seed, rows
 
-    def _check(self, who: str, weights: dict[str, _store.Form], meta: _Meta, seed: int | None, epochs: int) -> None:
+    def _check(self, who: str, weights: dict[str, store.Form], meta: _Meta, seed: int | None, epochs: int) -> None:
         do = "Resume with what the run was started with, or start another run in another dirname."
         own = self._classes()
         for part, saved in meta.classes.items():
@@ -145,7 +145,7 @@ def has_checkpoint(folder: Path, resume: bool) -> bool:
     if not resume:
         refuse_run("train", folder, "Pass resume=True to go on with it, or another dirname.")
         return False
-    if _store.exists(folder / LAST):
+    if store.exists(folder / LAST):
         return True
     # The first thing a run writes is `last`: figures or a `best` without it belong to something else.
     refuse_run("train", folder, f"It has no '{LAST}' to resume: give another dirname.")

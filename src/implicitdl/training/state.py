@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import wrong
-from .._store import Form, quoted
+from .._internal.errors import wrong
+from .._internal.store import Form, quoted
 
 T = TypeVar("T")
 

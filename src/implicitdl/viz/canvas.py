@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import _store
-from .._checks import extra, wrong
+from .._internal import store
+from .._internal.errors import extra, wrong
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,5 +58,5 @@ def written(figure: Figure, path: PathLike | None) -> Figure:
             raise wrong("viz", f"a path that ends in one of {', '.join(sorted(formats))}", f"'{path}'")
         data = io.BytesIO()
         figure.savefig(data, format=path.suffix[1:].lower(), dpi=_DPI)
-        _store.write_file(path, data.getvalue())
+        store.write_file(path, data.getvalue())
     return figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..certify import CertifiedAccuracy, sensitivity
 from ..statespace.given import Model
 from .canvas import AMBER, BLUE, INK, RED, PathLike, new_figure, one_axes, plain, written

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from .._checks import extra, non_negative
+from .._internal.errors import extra, non_negative
 from ..statespace import StateSpace
 from ..statespace.given import Model, space_of
 from ..statespace.matrices import count_nonzero, entries, starts

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..sim import SIMReport
 from .canvas import AMBER, BLUE, GREY, INK, RED, PathLike, new_figure, one_axes, plain, written
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import wrong
+from .._internal.errors import wrong
 from ..solution import Report, Solution
 from .canvas import AMBER, BLUE, GREY, INK, RED, PathLike, new_figure, plain, whole_numbers, written
 

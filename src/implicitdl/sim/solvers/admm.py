@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import positive, positive_int, settle
+from ..._internal.errors import positive, positive_int, settle
 from ..certificate import cast_inside, certify
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution

@@ -11,9 +11,9 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
-from ..._checks import finite, non_negative, open_unit, wrong
+from ..._internal.errors import finite, non_negative, open_unit, wrong
 from ...activations import Activation, from_function
-from ...equilibrium import Equilibrium
+from ...equations.equilibrium import Equilibrium
 from ...fixed_point import fixed_point
 from ...solvers import Auto
 from ..certificate import certify

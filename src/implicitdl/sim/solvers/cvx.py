@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import extra, non_negative, positive_int, settle, wrong
+from ..._internal.errors import extra, non_negative, positive_int, settle, wrong
 from ..certificate import cast_inside, certify
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution, SIMWarning

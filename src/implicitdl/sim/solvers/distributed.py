@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._checks import wrong
+from ..._internal.errors import wrong
 from ..problem import RowProblem
 from ..solution import RowReport, RowSolution
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..._checks import non_negative, positive, positive_int, settle, wrong
+from ..._internal.errors import non_negative, positive, positive_int, settle, wrong
 from ...constraints import RowScaling
 from ..certificate import cast_inside, certify
 from ..face import Faces

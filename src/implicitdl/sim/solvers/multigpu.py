@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import wrong
+from ..._internal.errors import wrong
 from ..solution import SIMSolution
 from .admm import ADMMSolver
 from .base import ModelConfig, Progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import positive_int, settle, wrong
+from ..._internal.errors import positive_int, settle, wrong
 from ...activations import RELU, Activation, from_function
 from ..certificate import certify
 from ..problem import RowProblem

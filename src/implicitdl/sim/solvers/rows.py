@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import fraction, non_negative, real, settle, wrong
+from ..._internal.errors import fraction, non_negative, real, settle, wrong
 from ..problem import RowProblem
 from ..solution import RowSolution, SIMSolution
 from .base import (

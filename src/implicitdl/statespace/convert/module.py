@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..._checks import ArgumentError, takes, wrong
+from ..._internal.errors import ArgumentError, takes, wrong
 from ..space import StateSpace
 from . import rules
 from .affine import ROUNDING, Network, NoFormError

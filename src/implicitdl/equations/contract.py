@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import wrong
-from ._context import autocast_dtype
+from .._internal.context import autocast_dtype
+from .._internal.errors import wrong
 
 # Evaluations after which a tensor that f fills again and again has been seen twice, also where f takes two in turn.
 _SEEN_AFTER = 3

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..equations.map import RowMap
+from ..solution import Status
+from ..solvers.base import Solver
 from .correction import Correction
 from .indexing import on_device, put, select
 from .outcome import Results
 from .residual import Residual
-from .rowmap import RowMap
-from .solution import Status
-from .solvers.base import Solver
 
 # Finished samples leave the batch when half of it has; for a map that calls itself cheap, only when the numbers that
 # a sweep would go on computing for nothing outweigh the dozen small operations of taking the others out.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import wrong
-from ._context import autocast_dtype
-from .rowmap import Linearization, RowMap
+from .._internal.context import autocast_dtype
+from .._internal.errors import wrong
+from .map import Linearization, RowMap
 
 
 def linearize(f: RowMap, x: Tensor, slope: Tensor | None = None) -> Linearization | None:

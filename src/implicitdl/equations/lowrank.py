@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import RELU, Activation
+from ..activations import RELU, Activation
 from .equilibrium import Equilibrium
-from .rowmap import Explicit, check_interval
+from .map import Explicit, check_interval
 
 
 class LowRankEquilibrium(Equilibrium):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..equations.map import RowMap
+from ..kernels import rows as kernel
 from .indexing import on_host, select
-from .kernels import rows as kernel
-from .rowmap import RowMap
 
 # A step, or a residual, of fewer roundings of f(x) than this may be nothing but rounding.
 _HIDDEN = 4

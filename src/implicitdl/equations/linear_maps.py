@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import sweeps as kernel
-from .kernels.sweeps import Swept
+from ..kernels import sweeps as kernel
+from ..kernels.sweeps import Swept
+from .map import check_interval
 from .resolvent import bounds, resolvent
-from .rowmap import check_interval
 from .triangular import substitute
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..solvers.newton import DENSE_UP_TO, newton_correction
 from .indexing import on_host
 from .residual import Residual, measurable, parts_of
-from .solvers.newton import DENSE_UP_TO, newton_correction
 
 # A step that is longer than this part of the one before does not come nearer any more.
 _STANDING = 0.75

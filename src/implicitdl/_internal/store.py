@@ -42,7 +42,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ._checks import ArgumentError, wrong
+from .errors import ArgumentError, wrong
 
 TENSORS = "model.safetensors"
 CONFIG = "config.json"

@@ -9,12 +9,12 @@ from math import exp, pi
 import torch
 from torch import Tensor
 
-from ._checks import wrong
-from .activations import RELU, Activation
+from .._internal.errors import wrong
+from ..activations import RELU, Activation
 from .equilibrium import Equilibrium
 from .linear_maps import EquilibriumAdjoint
+from .map import Explicit
 from .resolvent import finite_weights
-from .rowmap import Explicit
 
 
 def transfer(kernel: Tensor, size: tuple[int, int]) -> Tensor:

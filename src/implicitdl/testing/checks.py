@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import RELU
-from .adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
-from .constraints import (
+from ..activations import RELU
+from ..adjoints import Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
+from ..constraints import (
     Constraint,
     LowRank,
     Monotone,
@@ -27,10 +27,10 @@ from .constraints import (
     Unconstrained,
     WeightedRowScaling,
 )
-from .equilibrium import Equilibrium
-from .fixed_point import fixed_point
-from .solution import ImplicitFunctionWarning, Solution
-from .solvers import (
+from ..equations.equilibrium import Equilibrium
+from ..fixed_point import fixed_point
+from ..solution import ImplicitFunctionWarning, Solution
+from ..solvers import (
     GMRES,
     Aitken,
     Anderson,
@@ -42,23 +42,7 @@ from .solvers import (
     Picard,
     Solver,
 )
-from .zoo import Problem, expanding_problems, monotone_problems, problems
-
-__all__ = [
-    "APPROXIMATE_ADJOINTS",
-    "CONSTRAINTS",
-    "EXACT_ADJOINTS",
-    "EXPANDING_SOLVERS",
-    "MONOTONE_SOLVERS",
-    "SOLVERS",
-    "Problem",
-    "check_adjoint",
-    "check_constraint",
-    "check_solver",
-    "expanding_problems",
-    "monotone_problems",
-    "problems",
-]
+from .problems import Problem
 
 F64 = torch.float64
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import only_numbers, plain
-from .kernels import rows as kernel
+from .._internal.context import only_numbers, plain
+from ..kernels import rows as kernel
 
 
 def scale_rows(v: Tensor, radius: float) -> Tensor:

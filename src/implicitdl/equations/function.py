@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._context import autocast_dtype
+from .._internal.context import autocast_dtype
 from .contract import Contract
 from .frozen import Frozen
 

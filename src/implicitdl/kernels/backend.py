@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from .equilibrium import COMPILED
-from .kernels.build import REAL, BuildError, Kernel, find, switched_off
+from ..activations import COMPILED
+from .build import REAL, BuildError, Kernel, find, switched_off
 
 _LOOPS = ("sweeps", "pull", "rows", "anderson")
 

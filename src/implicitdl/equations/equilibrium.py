@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import only_numbers
-from .activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
-from .kernels import sweeps as kernel
-from .kernels.pull import pull
-from .kernels.sweeps import Swept
+from .._internal.context import only_numbers
+from ..activations import RELU, Activation
+from ..kernels import sweeps as kernel
+from ..kernels.pull import pull
+from ..kernels.sweeps import Swept
 from .linear_maps import EquilibriumAdjoint, EquilibriumTangent
+from .map import Explicit, check_interval
 from .resolvent import bounds, resolvent
-from .rowmap import Explicit, check_interval
 from .triangular import substitute
 from .weights import Given, ScaledRows, Weight
-
-# The activations that the compiled loop knows, as it numbers them.
-COMPILED = (RELU, LEAKY_RELU, IDENTITY, HARDTANH)
-_COMPILED = {id(phi): number for number, phi in enumerate(COMPILED)}
 
 
 class Equilibrium:
@@ -77,7 +73,7 @@ class Equilibrium:
 
     def sweeps(self, x: Tensor | None, *settings: Any) -> Swept | None:
         """Every row iterated from x by the compiled loop, where there is one for this φ and place."""
-        phi = _COMPILED.get(id(self.activation))
+        phi = self.activation.compiled
         # A subclass is another map.
         if phi is None or type(self) is not Equilibrium:
             return None

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..equations.map import RowMap
+from ..kernels import sweeps as kernel
+from ..kernels.sweeps import Swept
+from ..solution import Figures, Measured, Status
+from ..solvers.base import Solver
+from ..solvers.inverse import InverseEstimate
 from .indexing import on_device
-from .kernels import sweeps as kernel
-from .kernels.sweeps import Swept
-from .rowmap import RowMap
-from .solution import Figures, Measured, Status
-from .solvers.base import Solver
-from .solvers.inverse import InverseEstimate
 
 # Iterates up to this many numbers are kept whole for the sake of the samples that ended with them: a reference is free.
 _HOLD_UP_TO = 1 << 18

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..equations.map import RowMap
+from ..solution import CoupledRowsWarning, Measured
 from .outcome import Outcome
-from .rowmap import RowMap
-from .solution import CoupledRowsWarning, Measured
 
 # Roundings by which two evaluations of f on the same sample may differ, in units of ‖f(x)‖: the order of a sum of
 # some hundred terms depends on how many rows a product has.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._context import plain
+from .context import plain
 
 
 class ArgumentError(ValueError):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ._checks import finite
+from .._internal.errors import finite
 
 
 class MonotoneMap(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ._checks import wrong
+from .._internal.errors import wrong
 
 # Containers of more entries than this hold data, not layers.
 _LAYERS_AT_MOST = 1000

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
+from ..solution import ConvergenceError, Figures, ImplicitFunctionWarning, OnFailure, Status, monitored
+from ..solvers import GMRES, Aitken, Anderson, Auto, Broyden, Newton, Picard, Solver
 from .outcome import Outcome
-from .solution import ConvergenceError, Figures, ImplicitFunctionWarning, OnFailure, Status, monitored
-from .solvers import GMRES, Aitken, Anderson, Auto, Broyden, Newton, Picard, Solver
 
 Direction = Literal["forward", "backward"]
 # A residual of fewer roundings than this is as small as the dtype lets it become on ordinary maps.

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.sweeps import Swept
+from ..equations.map import RowMap
+from ..kernels.sweeps import Swept
+from ..solvers.base import Solver
 from .outcome import Outcome, Results
-from .rowmap import RowMap
-from .solvers.base import Solver
 from .stage import Stage
 
 

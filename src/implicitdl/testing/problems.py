@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import LEAKY_RELU, RELU, Activation
-from .equilibrium import Equilibrium
-from .fixed_point import fixed_point
-from .resolvent import bounds
-from .solution import Solution
-from .solvers import Solver
+from ..activations import LEAKY_RELU, RELU, Activation
+from ..equations.equilibrium import Equilibrium
+from ..equations.resolvent import bounds
+from ..fixed_point import fixed_point
+from ..solution import Solution
+from ..solvers import Solver
 
 F64 = torch.float64
 

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._checks import wrong
-from ._context import require_constant
-from .adjoints import Adjoint, ImplicitAdjoint
-from .adjoints.backward import BackwardSolve
-from .adjoints.guard import beyond_order
-from .announce import announce
-from .equilibrium import Equilibrium
-from .iterate import iterate
-from .linearize import linearize
-from .rowmap import Explicit, RowMap
-from .solution import BackwardReport, Measured, OnFailure, Solution
-from .solvers import Solver
+from .._internal.context import require_constant
+from .._internal.errors import wrong
+from ..equations.equilibrium import Equilibrium
+from ..equations.linearize import linearize
+from ..equations.map import Explicit, RowMap
+from ..loop.announce import announce
+from ..loop.iterate import iterate
+from ..solution import BackwardReport, Measured, OnFailure, Solution
+from ..solvers import Solver
+from . import Adjoint, ImplicitAdjoint
+from .backward import BackwardSolve
+from .guard import beyond_order
 
 
 def solve(who: str, f: Any, x0: Any, solver: Solver, adjoint: Adjoint, on_failure: OnFailure, trace: bool) -> Solution:

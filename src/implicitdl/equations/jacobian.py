@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import open_unit, positive_int, wrong
+from .._internal.errors import open_unit, positive_int, wrong
+from ..solution import ImplicitFunctionWarning
+from .function import State, rows_of
 from .linearize import vjp
-from .rows import State, rows_of
-from .solution import ImplicitFunctionWarning
 
 
 def jacobian_regularization(

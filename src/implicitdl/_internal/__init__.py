@@ -1,0 +1,1 @@
+"""What every room uses: worded errors, the context of a call, files that are whole, habits from other libraries."""

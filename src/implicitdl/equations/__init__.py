@@ -1,0 +1,1 @@
+"""What is solved: maps of rows to rows, each with the structure that it declares."""
