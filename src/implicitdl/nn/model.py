@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .._internal import errors
 from .._internal.context import plain
-from .._internal.errors import wrong
+from .._internal.errors import ArgumentError, wrong
 from ..activations import Activation
 from ..adjoints import Adjoint
-from ..constraints import Constraint, LowRank
+from ..constraints import Constraint, LowRank, RowProjection, RowScaling, SoftRowScaling
 from ..equations.equilibrium import Equilibrium
 from ..equations.lowrank import LowRankEquilibrium
 from ..equations.weights import ScaledRows
@@ -22,8 +25,8 @@ from ..fixed_point import fixed_point
 from ..kernels import rows as kernel
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
-from ..statespace import StateSpace
-from . import matrices, pretrained, settings
+from ..statespace import StateSpace, loop_gain
+from . import pretrained, settings
 from .function import ImplicitFunction, ImplicitFunctionInf
 from .pretrained import Pretrained
 
@@ -143,7 +146,7 @@ class ImplicitModel(Pretrained):
             b_y = D[:, -1].clone()
         self.b_x = nn.Parameter(B[:, -1].clone()) if self.bias else None
         self.b_y = nn.Parameter(b_y) if self.bias else None
-        self.register_load_state_dict_pre_hook(pretrained.split_bias_columns)
+        self.register_load_state_dict_pre_hook(_split_bias_columns)
 
     def forward(self, U: Tensor, X0: Tensor | None = None) -> Tensor:
         """The prediction y.
@@ -255,7 +258,13 @@ class ImplicitModel(Pretrained):
 
     def statespace(self) -> StateSpace:
         """The model as its matrices, with the well-posed A; they keep the graph to the free parameters."""
-        return matrices.of(self)
+        for hook in self._forward_pre_hooks.values():
+            # Torch's pruning and its older normalizations make the weights in a hook before forward.
+            if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+                hook(self, ())
+        weights = self.weights()
+        A = weights[0] if len(weights) == 1 else weights[0] @ weights[1].t()
+        return StateSpace(A, self.B, self.C, self.D, self.b_x, self.b_y, blocks=self.activation)
 
     @classmethod
     def from_statespace(
@@ -279,8 +288,25 @@ class ImplicitModel(Pretrained):
         Raises:
             ArgumentError: an A outside the constraint's set, with what can be done about it.
         """
-        options = {"f": f, "kappa": kappa, "constraint": constraint, "solver": solver, "adjoint": adjoint}
-        return matrices.to_model(cls, space, options | {"on_failure": on_failure})
+        if space.n == 0:
+            raise wrong("from_statespace", "a model with states", "n=0", "Take torch.nn.Linear for an affine map.")
+        space = space.detach().to_dense()
+        low_rank = isinstance(constraint, LowRank)
+        model = cls(
+            space.p, space.q, space.n, f, bias=bool((space.b_x != 0).any() | (space.b_y != 0).any()), kappa=kappa,
+            is_low_rank=low_rank, rank=constraint.rank if isinstance(constraint, LowRank) else None,
+            activation=space.activation, constraint=constraint, solver=solver, adjoint=adjoint,
+            on_failure=on_failure, device=space.device, dtype=space.dtype,
+        )  # fmt: skip
+        free = _free_parameters(model.constraint, space)
+        state = dict(zip(("L", "R"), free, strict=True)) if low_rank else {"A": free}
+        state |= {"B": space.B, "C": space.C, "D": space.D}
+        if model.bias:
+            state |= {"b_x": space.b_x, "b_y": space.b_y}
+        with torch.no_grad():
+            for name, value in state.items():
+                getattr(model, name).copy_(value)
+        return model
 
     @classmethod
     def from_pretrained(
@@ -307,6 +333,34 @@ class ImplicitModel(Pretrained):
         return pretrained.load(
             cls, folder, f=f, activation=activation, constraint=constraint, solver=solver, adjoint=adjoint
         )
+
+
+def _split_bias_columns(module: ImplicitModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load torchidl's layout, in which the bias is the last column of B and D, fed with a constant 1."""
+    B = state_dict.get(prefix + "B")
+    if not module.bias or prefix + "b_x" in state_dict or B is None or B.shape[1] != module.input_dim + 1:
+        return
+    state_dict[prefix + "B"], state_dict[prefix + "b_x"] = B[:, :-1], B[:, -1]
+    D = state_dict.get(prefix + "D")
+    state_dict[prefix + "b_y"] = B.new_zeros(module.output_dim) if D is None else D[:, -1]
+    if D is not None:
+        state_dict[prefix + "D"] = D[:, :-1]
+
+
+def _free_parameters(constraint: Constraint, space: StateSpace) -> Any:
+    """The parameters of which the constraint makes the space's A: one matrix, or (L, R)."""
+    try:
+        return constraint.right_inverse(space.A)
+    except ArgumentError as error:
+        do = "Keep it with constraint=Unconstrained."
+        ball = isinstance(constraint, (RowScaling, RowProjection, SoftRowScaling))
+        if ball and space.activation.homogeneous and loop_gain(space) < constraint.kappa:
+            do = (
+                "The same model with an A inside is implicitdl.statespace.rescale(space, kappa="
+                f"{constraint.radius:.6g}); or keep this one with constraint=Unconstrained."
+            )
+        reason = str(error).partition(". ")[0]
+        raise wrong("from_statespace", "an A of the constraint's set", f"one outside of it ({reason})", do) from error
 
 
 def _all_finite(M: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Models on disk: tensors in safetensors, everything else in JSON; and torchidl's state_dicts."""
+"""Models on disk: tensors in safetensors, everything else in JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from ..constraints import Constraint, WeightedRowScaling
 from ..solvers import Solver
 from . import function, schema
 from .function import ImplicitFunction
-
-if TYPE_CHECKING:
-    from .model import ImplicitModel
 
 # An adjoint has a solver, which may have one for what it finds slow; more levels are not made by hand.
 _LEVELS = 8
@@ -97,18 +94,6 @@ def config(model: Pretrained) -> dict[str, Any]:
     arguments["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     objects = {name: _DESCRIBED[name](model) for name in _objects(type(model))}
     return {"kind": type(model).__name__, "arguments": arguments} | objects
-
-
-def split_bias_columns(module: ImplicitModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load torchidl's layout as it is: there the bias is a last column of B and D, fed with a constant 1."""
-    B = state_dict.get(prefix + "B")
-    if not module.bias or prefix + "b_x" in state_dict or B is None or B.shape[1] != module.input_dim + 1:
-        return
-    state_dict[prefix + "B"], state_dict[prefix + "b_x"] = B[:, :-1], B[:, -1]
-    D = state_dict.get(prefix + "D")
-    state_dict[prefix + "b_y"] = B.new_zeros(module.output_dim) if D is None else D[:, -1]
-    if D is not None:
-        state_dict[prefix + "D"] = D[:, :-1]
 
 
 class _UnfitError(Exception):
@@ -255,7 +240,7 @@ def _name_of(cls: type, known: Mapping[str, Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}" if own else cls.__name__
 
 
-def _name_of_activation(model: ImplicitModel) -> str | None:
+def _name_of_activation(model: Any) -> str | None:
     """None where it comes with f, so that it need not be given beside it."""
     name = model.activation.name
     if activations.BUILTIN.get(name) is model.activation:
