@@ -27,8 +27,12 @@ from implicitdl.testing.checks import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, chec
 
 
 @pytest.mark.float64
-@pytest.mark.parametrize("solver", [Picard(max_steps=2000), Anderson(), Auto()], ids=repr)
-@pytest.mark.parametrize("adjoint", EXACT_ADJOINTS, ids=repr)
+@pytest.mark.parametrize(
+    ("adjoint", "solver"),
+    [*((adjoint, Auto()) for adjoint in EXACT_ADJOINTS), (EXACT_ADJOINTS[0], Picard(max_steps=2000)),
+     (EXACT_ADJOINTS[1], Anderson()), (Unrolled(), Picard(max_steps=2000)), (Unrolled(), Anderson())],
+    ids=repr,
+)  # fmt: skip
 def test_gradcheck_to_the_claimed_order(adjoint, solver):
     check_adjoint(adjoint, solver)
 
@@ -179,7 +183,7 @@ def test_backward_report_is_filled_by_backward_and_a_miss_is_loud():
     assert solution.backward.steps[1] == 30
 
 
-def test_a_thousand_forwards_without_backward_leave_nothing_alive():
+def test_many_forwards_without_backward_leave_nothing_alive():
     A, b, f = tanh_problem()
     alive = []
 
@@ -202,10 +206,10 @@ def test_a_thousand_forwards_without_backward_leave_nothing_alive():
     gc.disable()
     try:  # by reference counts alone: no cycle for the collector to find
         for order in (1, 2):
-            for _ in range(500):
+            for _ in range(50):
                 adjoint = ImplicitAdjoint(order=order)
                 fixed_point(lambda x: Probe.apply(f(x)), torch.zeros(3, 4), adjoint=adjoint, solver=Picard(rtol=0.1))
-        assert len(alive) >= 1000
+        assert len(alive) >= 100
         assert sum(ref() is not None for ref in alive) == 0
     finally:
         gc.enable()
@@ -280,7 +284,9 @@ def test_low_rank_equals_the_dense_product_in_value_and_gradient():
         assert torch.allclose(one, other, atol=1e-8)
     adjoint = ImplicitAdjoint(order=2)
     assert torch.autograd.gradgradcheck(
-        lambda L, R, b: fixed_point(LowRankEquilibrium(L, R, b, TANH), zero, adjoint=adjoint).value, (L, R, b)
+        lambda L, R, b: fixed_point(LowRankEquilibrium(L, R, b, TANH), zero, adjoint=adjoint).value,
+        (L, R, b),
+        fast_mode=True,
     )
 
 
@@ -303,8 +309,8 @@ def test_triangular_gradients_by_substitution():
         return fixed_point(f, torch.zeros(3, 6), adjoint=ImplicitAdjoint(order=order)).value
 
     for activation in (TANH, RELU):
-        assert torch.autograd.gradcheck(lambda A, b, a=activation: solve(A, b, a), (A, b))
-    assert torch.autograd.gradgradcheck(lambda A, b: solve(A, b, TANH), (A, b))
+        assert torch.autograd.gradcheck(lambda A, b, a=activation: solve(A, b, a), (A, b), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda A, b: solve(A, b, TANH), (A, b), fast_mode=True)
 
 
 def test_unrolled_refuses_what_it_cannot_differentiate():
@@ -356,7 +362,7 @@ def test_unrolled_picard_has_derivatives_of_higher_order():
             lambda x: torch.tanh(x @ A.t() + b), torch.zeros(1, 2), solver=Picard(), adjoint=Unrolled()
         ).value
 
-    assert torch.autograd.gradgradcheck(solve, (A, b))
+    assert torch.autograd.gradgradcheck(solve, (A, b), fast_mode=True)
 
 
 def test_order_is_checked():

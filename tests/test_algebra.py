@@ -22,7 +22,7 @@ from implicitdl.statespace import (
 from spaces import close, inputs, random_space, seeds, sizes, tight
 
 layouts = st.sampled_from([StateSpace.to_dense, StateSpace.to_sparse])
-laws = settings(max_examples=30, deadline=None)
+laws = settings(max_examples=20, deadline=None)
 
 
 @laws
@@ -110,12 +110,12 @@ def test_residual_connections(seed, p, q, layout):
 def outer_fixed_point(step, batch, q):
     """y = step(y) by plain iteration from zero, to the last digits."""
     y = torch.zeros(batch, q)
-    for _ in range(40):
+    for _ in range(20):  # the gain around the loop is below ⅛
         y = step(y)
     return y
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, sizes, sizes, layouts)
 def test_self_feedback_is_the_outer_fixed_point(seed, p, q, layout):
     model, u = small(random_space(seed, p + q, q), p), inputs(seed, p)
@@ -126,7 +126,7 @@ def test_self_feedback_is_the_outer_fixed_point(seed, p, q, layout):
 
 
 @pytest.mark.float64
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, sizes, sizes, layouts, layouts)
 def test_feedback_is_the_outer_fixed_point(seed, p, q, one, other):
     forward, backward = 0.2 * random_space(seed, p, q), 0.2 * random_space(seed + 1, q, p)

@@ -76,8 +76,8 @@ def inside(box: Box, count: int) -> torch.Tensor:
 
 
 class TestSoundness:
-    def test_random_points_of_200_random_models(self):
-        for seed in range(200):
+    def test_random_points_of_random_models(self):
+        for seed in range(50):
             space = random_space(seed)
             box = Box.around(torch.rand(2, space.p, dtype=torch.float64), 0.02 + 0.2 * (seed % 5))
             proved = certify.contractive("test", space)

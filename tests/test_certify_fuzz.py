@@ -101,7 +101,7 @@ def violations(seeds: range, count: int, steps: int) -> list[tuple[str, float, f
 
 
 def test_no_bound_is_violated(default):
-    assert violations(range(30), count=50, steps=5) == []
+    assert violations(range(20), count=50, steps=5) == []
 
 
 @pytest.mark.long

@@ -247,10 +247,9 @@ def test_what_is_exact_is_converted(net, features):
     same(net, *features)
 
 
-@pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("seed", range(12))
-def test_transposed_convolutions(seed, dims):
-    g = torch.Generator().manual_seed(seed)
+def test_transposed_convolutions(seed):
+    g, dims = torch.Generator().manual_seed(seed), 1 + seed // 6
 
     def draw(low, high):
         return [int(torch.randint(low, high, (), generator=g)) for _ in range(dims)]
@@ -277,7 +276,7 @@ LAYERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_chains(seed):
     torch.manual_seed(seed)
     chosen = torch.randint(len(LAYERS), (5,)).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -26,10 +28,11 @@ class TestDtypeOfF:
         deq(torch.randn(33, 64))
 
     @by_solver
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128, torch.float32, torch.float16])
-    def test_none_that_a_state_may_have_or_fewer_digits(self, solver, dtype):
-        with pytest.raises(ArgumentError, match=f"f to return torch.float64, the dtype of x0, got {dtype}"):
-            fixed_point(lambda x: (0.5 * x + 1).to(dtype), torch.zeros(2, 3), solver=solver)
+    def test_none_that_a_state_may_have_or_fewer_digits(self, solver):
+        x0 = torch.zeros(2, 3, dtype=torch.float64)
+        for dtype in (torch.int64, torch.bool, torch.complex128, torch.float32, torch.float16):
+            with pytest.raises(ArgumentError, match=f"f to return torch.float64, the dtype of x0, got {dtype}"):
+                fixed_point(lambda x, to=dtype: (0.5 * x + 1).to(to), x0, solver=solver)
 
     @by_solver
     def test_of_one_part_of_a_tuple(self, solver):
@@ -64,21 +67,20 @@ class TestDtypeOfF:
 
 class TestMemoryThatFUsesAgain:
     @pytest.mark.parametrize("solver", [Auto(), Picard(), Aitken(), Anderson(), Broyden(), Newton(dense=False)])
-    @pytest.mark.parametrize("buffers", [1, 2])
-    def test_one_array_refilled(self, solver, buffers):
-        outs = [torch.empty(3, 4).numpy() for _ in range(buffers)]
-        count = iter(range(10**6))
-
-        def f(x):
-            out = outs[next(count) % buffers]
-            np.cos(0.5 * x.numpy(), out=out)
-            return torch.from_numpy(out)
-
-        with torch.no_grad():
-            solution = fixed_point(f, torch.zeros(3, 4), solver=solver)
+    def test_one_array_refilled(self, solver):
         exact = fixed_point(lambda x: torch.cos(0.5 * x), torch.zeros(3, 4)).value
-        assert solution.converged.all()
-        torch.testing.assert_close(solution.value, exact, rtol=1e-9, atol=0)
+        for buffers in (1, 2):
+            outs = itertools.cycle([torch.empty(3, 4).numpy() for _ in range(buffers)])
+
+            def f(x, outs=outs):
+                out = next(outs)
+                np.cos(0.5 * x.numpy(), out=out)
+                return torch.from_numpy(out)
+
+            with torch.no_grad():
+                solution = fixed_point(f, torch.zeros(3, 4), solver=solver)
+            assert solution.converged.all()
+            torch.testing.assert_close(solution.value, exact, rtol=20 * solver.tolerance(exact.dtype), atol=0)
 
     def test_the_value_is_not_that_of_the_user(self):
         held = torch.ones(2, 3)

@@ -83,14 +83,14 @@ def functional(built, adjoint_inputs):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck_for_the_input_and_every_parameter(variant, scale):
     built = model(scale, **VARIANTS[variant])
-    assert torch.autograd.gradcheck(*functional(built, built))
+    assert torch.autograd.gradcheck(*functional(built, built), fast_mode=True)
 
 
 @pytest.mark.float64
 @pytest.mark.parametrize("variant", ["dense", "projection", "triangular", "low-rank", "tanh"])
 def test_gradgradcheck_at_order_2(variant):
     built = model(5.0, adjoint=ImplicitAdjoint(order=2), **VARIANTS[variant])
-    assert torch.autograd.gradgradcheck(*functional(built, built))
+    assert torch.autograd.gradgradcheck(*functional(built, built), fast_mode=True)
 
 
 def test_projected_gradient_differs_from_the_straight_through_one():
@@ -223,7 +223,7 @@ def test_a_users_phi_keeps_its_slope_and_a_missing_dphi_comes_from_autograd():
     with pytest.warns(ImplicitFunctionWarning):
         softsign = ImplicitModel(**SIZES, f=Softsign)
     for built in (swish, softsign):
-        assert torch.autograd.gradcheck(*functional(built, built))
+        assert torch.autograd.gradcheck(*functional(built, built), fast_mode=True)
 
 
 def test_torchs_own_functions_are_recognised(recwarn):

@@ -155,7 +155,7 @@ class TestDenseModel:
         def y(u, *weights):
             return torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (u,))
 
-        assert torch.autograd.gradcheck(y, (u, *model.parameters()))
+        assert torch.autograd.gradcheck(y, (u, *model.parameters()), fast_mode=True)
 
     @pytest.mark.float64
     def test_steps_of_any_size_stay_in_the_set_and_every_solve_converges(self):
@@ -272,7 +272,7 @@ class TestCircularEquilibrium:
             f = CircularEquilibrium(CircularConvolution.of(kernel, (3, 4)), b, TANH)
             return fixed_point(f, torch.zeros_like(b), adjoint=adjoint, on_failure="raise").value
 
-        assert torch.autograd.gradcheck(x, (kernel, b))
+        assert torch.autograd.gradcheck(x, (kernel, b), fast_mode=True)
 
     def test_second_derivatives(self):
         kernel = (0.1 * torch.randn(1, 1, 3, 3)).requires_grad_()
@@ -282,7 +282,7 @@ class TestCircularEquilibrium:
             f = CircularEquilibrium(CircularConvolution.of(kernel, (3, 3)), b, TANH)
             return fixed_point(f, torch.zeros(1, 1, 3, 3), adjoint=ImplicitAdjoint(order=2)).value
 
-        assert torch.autograd.gradgradcheck(x, (kernel, b))
+        assert torch.autograd.gradgradcheck(x, (kernel, b), fast_mode=True)
 
     def test_the_tangent_of_a_monotone_model_is_found_by_splitting(self):
         f = equilibrium(scale=3.0)
@@ -350,7 +350,7 @@ class TestConvolutionalSet:
     def test_zero_is_zero_and_gradients_are_right(self):
         constraint = MonotoneKernel(m=0.2)
         assert constraint(torch.zeros(2, 2, 2, 3, 3)).abs().max() < 1e-15
-        assert torch.autograd.gradcheck(constraint, torch.randn(2, 1, 1, 3, 3, requires_grad=True))
+        assert torch.autograd.gradcheck(constraint, torch.randn(2, 1, 1, 3, 3, requires_grad=True), fast_mode=True)
 
     @settings(max_examples=20, deadline=None)
     @given(st.floats(-3, 2), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31))

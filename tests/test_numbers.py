@@ -40,8 +40,9 @@ from implicitdl.nn import (
 from implicitdl.sim import get_states
 from implicitdl.sim.solvers import ADMMSolver, OneSidedSolver, ProjectedGDLowRankSolver
 
-NO_NUMBER = ["inf", "-inf", "nan", "1e400", "abc", ""]
-NEGATIVE = [*NO_NUMBER, "-1"]
+# What is no finite number is refused by each option itself, what is none at all by their common reader.
+NEGATIVE = ["inf", "nan", "-1"]
+NO_NUMBER = ["-inf", "1e400", "abc", ""]
 POSITIVE = [*NEGATIVE, "0"]
 UNIT = [*POSITIVE, "1"]
 COUNT = [*POSITIVE, "0.5", "9223372036854775808"]
@@ -55,35 +56,41 @@ TRAIN = {
     "--adjoint phantom --phantom-steps": COUNT, "--grad-tol": UNIT, "--grad-max-steps": COUNT, "--epochs": COUNT,
     "--batch-size": COUNT, "--lr": POSITIVE, "--weight-decay": NEGATIVE,
     "--optimizer sgd --momentum": [*NEGATIVE, "1"], "--warmup": [*NEGATIVE, "1"], "--label-smoothing": [*NEGATIVE, "1"],
-    "--model deq-dense --jac-reg": POSITIVE, "--clip": POSITIVE, "--seed": SEED, "--threads": [*COUNT, "100000"],
+    "--model deq-dense --jac-reg": POSITIVE, "--clip": [*POSITIVE, *NO_NUMBER], "--seed": [*SEED, *NO_NUMBER],
+    "--threads": [*COUNT, "100000"],
 }  # fmt: skip
 MATCH = {
     "--samples": COUNT, "--seed": SEED, "--split-seed": SEED, "--holdout": UNIT, "--lambda-z": NEGATIVE,
-    "--lambda-y": NEGATIVE, "--kappa": UNIT, "--path": NEGATIVE, "--path 1,": NEGATIVE, "--nonzeros": COUNT,
+    "--lambda-y": NEGATIVE, "--kappa": UNIT, "--path": [*NEGATIVE, *NO_NUMBER], "--path 1,": [*NEGATIVE, *NO_NUMBER],
+    "--nonzeros": [*COUNT, *NO_NUMBER],
     "--solver low-rank --rank": COUNT, "--threads": [*COUNT, "100000"],
 }  # fmt: skip
 CERTIFY = {
     "--eps": NEGATIVE, "--samples": COUNT, "--slope-steps": SEED, "--rounds": SEED, "--attack-steps": COUNT,
     "--restarts": COUNT,
 }  # fmt: skip
-COMMANDS = [
-    *(("train", option, bad) for option, values in TRAIN.items() for bad in values),
-    *(("sim --teacher nothing", option, bad) for option, values in MATCH.items() for bad in values),
-    *(("certify nothing", option, bad) for option, values in CERTIFY.items() for bad in values),
-]
+COMMANDS = {"train": TRAIN, "sim --teacher nothing": MATCH, "certify nothing": CERTIFY}
 
 
-@pytest.mark.parametrize(("command", "option", "bad"), COMMANDS, ids=lambda part: part.split()[-1] if part else "empty")
-def test_a_bad_number_on_the_command_line_is_one_line_at_the_door(command, option, bad, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [(command, option, values) for command, options in COMMANDS.items() for option, values in options.items()],
+    ids=lambda part: part.replace(" ", "_") if isinstance(part, str) else "",
+)
+def test_a_bad_number_on_the_command_line_is_one_line_at_the_door(
+    command, option, values, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     joint = "" if option.endswith(",") else "="
-    assert main([*command.split(), *f"{option}{joint}{bad}".split(" ")]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("implicitdl: ")
-    assert err.count("\n") == 1
-    assert option.split()[option.endswith(",") - 1].removesuffix(",").split("=")[0] in err or "--path" in err
-    assert not list(tmp_path.iterdir())
+    name = next(word for word in reversed(option.split()) if word.startswith("--"))
+    for bad in values:
+        assert main([*command.split(), *f"{option}{joint}{bad}".split(" ")]) == 2, bad
+        out, err = capsys.readouterr()
+        assert out == "", bad
+        assert err.startswith("implicitdl: "), bad
+        assert err.count("\n") == 1, err
+        assert name in err, bad
+        assert not list(tmp_path.iterdir()), bad
 
 
 def net() -> nn.Module:

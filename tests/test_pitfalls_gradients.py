@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from implicitdl import DEQ, Anderson, ImplicitAdjoint, ImplicitFunctionWarning, Monitor, Picard, Unrolled
+from implicitdl import (
+    DEQ,
+    Anderson,
+    ImplicitAdjoint,
+    ImplicitFunctionWarning,
+    Monitor,
+    PhantomGradient,
+    Picard,
+    Unrolled,
+)
 from implicitdl.nn import ResidualBlock
 
 
@@ -44,14 +53,14 @@ def test_the_default_gradient_is_exact_in_the_input_and_every_weight(u):
     def call(u, *weights):
         return torch.func.functional_call(deq, dict(zip(names, weights, strict=True)), (u,))
 
-    assert torch.autograd.gradcheck(call, (u, *deq.parameters()))
+    assert torch.autograd.gradcheck(call, (u, *deq.parameters()), fast_mode=True)
 
 
 @pytest.mark.float64
 def test_the_default_gradient_of_a_convolutional_block_is_exact():
     deq = DEQ(ResidualBlock(2, 2, num_groups=2), solver=Anderson(max_steps=500))
     image = torch.randn(1, 2, 3, 3, requires_grad=True)
-    assert torch.autograd.gradcheck(deq, image, eps=1e-5, atol=1e-3)
+    assert torch.autograd.gradcheck(deq, image, eps=1e-5, atol=1e-3, fast_mode=True)
 
 
 def test_double_backward_is_an_error_at_order_1_and_not_a_wrong_number(u):
@@ -64,7 +73,7 @@ def test_double_backward_is_an_error_at_order_1_and_not_a_wrong_number(u):
 
 @pytest.mark.float64
 def test_double_backward_is_exact_at_order_2(u):
-    assert torch.autograd.gradgradcheck(DEQ(Block(), adjoint=ImplicitAdjoint(order=2)), u)
+    assert torch.autograd.gradgradcheck(DEQ(Block(), adjoint=ImplicitAdjoint(order=2)), u, fast_mode=True)
 
 
 @pytest.mark.float64
@@ -134,12 +143,14 @@ def living_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), ImplicitAdjoint(order=2), Unrolled()], ids=repr)
-def test_a_thousand_forwards_without_backward_leave_no_tensor_behind(u, adjoint):
+@pytest.mark.parametrize(
+    "adjoint", [ImplicitAdjoint(), ImplicitAdjoint(order=2), PhantomGradient(), Unrolled()], ids=repr
+)
+def test_many_forwards_without_backward_leave_no_tensor_behind(u, adjoint):
     deq = DEQ(Block(), adjoint=adjoint, solver=Picard(rtol=1e-2))
     deq(u)
     before = living_tensors()
-    for _ in range(334):
+    for _ in range(50):
         deq(u)
     assert living_tensors() == before
 
@@ -148,7 +159,7 @@ def test_backward_that_runs_every_time_leaves_no_tensor_behind_either(u):
     deq = DEQ(Block())
     deq(u).sum().backward()
     before = living_tensors()
-    for _ in range(30):
+    for _ in range(10):
         deq(u).sum().backward()
     assert living_tensors() == before
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
 
-from implicitdl import Aitken, Anderson, Auto, Equilibrium, ImplicitFunctionWarning, Newton, Picard, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import (
+    Aitken,
+    Anderson,
+    ArgumentError,
+    Auto,
+    Equilibrium,
+    ImplicitFunctionWarning,
+    Newton,
+    Picard,
+    fixed_point,
+)
 from implicitdl.testing.checks import MONOTONE_SOLVERS, SOLVERS
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -80,63 +88,58 @@ def test_a_state_whose_squares_leave_the_range_of_the_dtype_is_solved_like_any_o
 
 
 # Where squares, and squares of differences as small as the tolerance, are ordinary numbers.
-SCALES = [
-    *product([torch.float32], [1e-12, 1e-6, 1e6, 1e15]),
-    *product([torch.float64], [1e-100, 1e-30, 1e30, 1e100]),
-]
+SCALES = [(torch.float32, 1e-12), (torch.float32, 1e15), (torch.float64, 1e-100), (torch.float64, 1e100)]
 
 
 class TestAStateOfAnyScale:
-    """The solver works on it as on ordinary numbers: after as many steps, to the same digits."""
+    """The solver works on it as on ordinary numbers: after about as many steps, to the same digits."""
 
     @staticmethod
-    def check(solver, dtype, scale, build):
-        b = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
-        A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
-        # The first row is an ordinary sample, which must not notice its batch-mate.
-        units = torch.tensor([[1.0], [scale]], dtype=torch.float64)
-        u = (b.double() * units).to(dtype)
-        f, *args = build(A, u)
-        usual, *usual_args = build(A, b)
-        solution = fixed_point(f, torch.zeros_like(b), *args, solver=solver, on_failure="raise")
-        ordinary = fixed_point(usual, torch.zeros_like(b), *usual_args, solver=solver)
-        assert solution.converged.all()
-        tolerance = 20 * solver.tolerance(dtype)
-        assert torch.allclose(solution.value.double() / units, ordinary.value.double(), rtol=tolerance, atol=tolerance)
-        assert torch.allclose(solution.value[0], ordinary.value[0], rtol=tolerance)
-        assert solution.steps[1] <= ordinary.steps[1] + 20
+    def check(solver, build):
+        for dtype, scale in SCALES:
+            b = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
+            A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
+            # The first row is an ordinary sample, which must not notice its batch-mate.
+            units = torch.tensor([[1.0], [scale]], dtype=torch.float64)
+            f, *args = build(A, (b.double() * units).to(dtype))
+            usual, *usual_args = build(A, b)
+            solution = fixed_point(f, torch.zeros_like(b), *args, solver=solver, on_failure="raise")
+            ordinary = fixed_point(usual, torch.zeros_like(b), *usual_args, solver=solver)
+            tolerance = 20 * solver.tolerance(dtype)
+            found, expected = solution.value.double() / units, ordinary.value.double()
+            assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (dtype, scale)
+            assert torch.allclose(solution.value[0], ordinary.value[0], rtol=tolerance), (dtype, scale)
+            assert solution.steps[1] <= ordinary.steps[1] + 20, (dtype, scale)
 
     @pytest.mark.parametrize("solver", [Picard(), Aitken(), Auto(), Newton(dense=True)], ids=repr)
-    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
-    def test_beside_an_ordinary_sample_whose_bits_stay_where_those_of_f_do(self, solver, dtype, scale):
-        A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
-        u = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
-        beside = (u.double() * torch.tensor([[1.0], [scale]], dtype=torch.float64)).to(dtype)
+    def test_beside_an_ordinary_sample_whose_bits_stay_where_those_of_f_do(self, solver):
+        for dtype, scale in SCALES:
+            A = torch.tensor([[0.5, 0.3, 0.0], [-0.4, 0.5, 0.2], [0.0, 0.1, 0.6]], dtype=dtype)
+            u = torch.tensor([[1.0, 2.0, 0.5], [0.3, 0.2, 1.0]], dtype=dtype)
+            beside = (u.double() * torch.tensor([[1.0], [scale]], dtype=torch.float64)).to(dtype)
 
-        def f(x, u):
-            return (x[:, None] * A).sum(-1) + u  # row by row, where a product's bits depend on how many rows it has
+            def f(x, u, A=A):
+                return (x[:, None] * A).sum(-1) + u  # row by row, where a product's bits depend on how many rows it has
 
-        one, other = (fixed_point(f, torch.zeros_like(u), b, solver=solver) for b in (u, beside))
-        assert torch.equal(one.value[0], other.value[0])
-        assert one.steps[0] == other.steps[0]
+            one, other = (fixed_point(f, torch.zeros_like(u), b, solver=solver) for b in (u, beside))
+            assert torch.equal(one.value[0], other.value[0]), (dtype, scale)
+            assert one.steps[0] == other.steps[0], (dtype, scale)
 
     @every_solver
-    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
-    def test_by_a_function(self, solver, dtype, scale):
-        self.check(solver, dtype, scale, lambda A, b: (lambda x, u: x @ A.t() + u, b))
+    def test_by_a_function(self, solver):
+        self.check(solver, lambda A, b: (lambda x, u: x @ A.t() + u, b))
 
     @pytest.mark.parametrize("solver", [*SOLVERS, *MONOTONE_SOLVERS], ids=repr)
-    @pytest.mark.parametrize(("dtype", "scale"), SCALES)
-    def test_by_an_equilibrium(self, solver, dtype, scale):
-        self.check(solver, dtype, scale, lambda A, b: (Equilibrium(A, b),))
+    def test_by_an_equilibrium(self, solver):
+        self.check(solver, lambda A, b: (Equilibrium(A, b),))
 
     @every_solver
-    @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-12), (torch.float64, 1e-100)])
-    def test_with_gradients(self, solver, dtype, scale):
-        u = torch.tensor([[1.0, 2.0], [0.1, 0.3]], dtype=dtype).mul(scale).requires_grad_()
-        x = fixed_point(lambda x, u: torch.tanh(0.7 * x + u), torch.zeros_like(u), u, solver=solver).value
-        x.sum().backward()
-        assert torch.allclose(u.grad, torch.full_like(u, 1 / 0.3), rtol=1e-4)
+    def test_with_gradients(self, solver):
+        for dtype, scale in ((torch.float32, 1e-12), (torch.float64, 1e-100)):
+            u = torch.tensor([[1.0, 2.0], [0.1, 0.3]], dtype=dtype).mul(scale).requires_grad_()
+            x = fixed_point(lambda x, u: torch.tanh(0.7 * x + u), torch.zeros_like(u), u, solver=solver).value
+            x.sum().backward()
+            assert torch.allclose(u.grad, torch.full_like(u, 1 / 0.3), rtol=1e-4), dtype
 
     @pytest.mark.parametrize("scale", [1e-305, 1e-200, 1e-163, 1e160, 1e300])
     def test_the_verdict_is_right_where_squares_leave_the_range_of_the_dtype(self, scale):
@@ -174,11 +177,10 @@ class TestAStateOfAnyScale:
 
 
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_that_has_grown_until_any_step_is_within_its_tolerance_is_no_solution(solver, dtype):
-    u = torch.tensor([[0.3, -0.2], [1.0, 0.5]], dtype=dtype)
+def test_a_state_that_has_grown_until_any_step_is_within_its_tolerance_is_no_solution(solver):
+    u = torch.tensor([[0.3, -0.2], [1.0, 0.5]], dtype=torch.float32)
     with pytest.warns(ImplicitFunctionWarning, match="2 of 2 samples did not reach"):
-        solution = fixed_point(lambda x, u: x + u.exp(), torch.zeros(2, 2, dtype=dtype), u, solver=solver)
+        solution = fixed_point(lambda x, u: x + u.exp(), torch.zeros_like(u), u, solver=solver)
     assert not solution.converged.any()
 
 
@@ -190,9 +192,8 @@ def test_a_solution_far_above_the_start_is_one_however_loose_the_tolerance(solve
 
 
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_that_shrinks_to_zero_has_arrived(solver, dtype):
-    solution = fixed_point(lambda x: 0.1 * torch.sin(x), torch.ones(2, 3, dtype=dtype), solver=solver)
+def test_a_state_that_shrinks_to_zero_has_arrived(solver):
+    solution = fixed_point(lambda x: 0.1 * torch.sin(x), torch.ones(2, 3, dtype=torch.float32), solver=solver)
     assert solution.converged.all()
     assert solution.value.abs().max() < 1e-10
 
@@ -227,8 +228,7 @@ def test_a_map_that_returns_nothing_is_worded():
         fixed_point(lambda x: None, torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("rate", "scale"), [(0.1, 1e6), (0.3, 1.0), (0.5, 1e-6)])
 def test_anderson_is_not_slower_than_plain_iteration_on_easy_maps_of_any_scale(rate, scale):
     A = rate * torch.linalg.qr(torch.randn(50, 50))[0]
     b = scale * torch.randn(6, 50)
@@ -263,12 +263,12 @@ def test_two_steps_do_not_return_the_start(solver):
 
 
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_works_on_the_cpu(solver, dtype):
-    b = torch.randn(4, 8).to(dtype)
-    solution = fixed_point(lambda x, b: torch.tanh(0.5 * x.flip(1) + b), torch.zeros_like(b), b, solver=solver)
-    assert solution.converged.all()
-    assert solution.value.dtype == dtype
+def test_low_precision_works_on_the_cpu(solver):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        b = torch.randn(4, 8).to(dtype)
+        solution = fixed_point(lambda x, b: torch.tanh(0.5 * x.flip(1) + b), torch.zeros_like(b), b, solver=solver)
+        assert solution.converged.all(), dtype
+        assert solution.value.dtype == dtype
 
 
 @every_solver

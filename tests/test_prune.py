@@ -85,7 +85,7 @@ def test_sensitivity_is_the_first_order_change_of_the_outputs(seed):
         assert float(change) == pytest.approx(float(scores[index]), rel=1e-3, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seeds, sizes, sizes, st.floats(0.1, 0.9))
 def test_the_shares_of_the_error_bound_add_up_to_a_bound(seed, p, q, keep):
     space, u = random_space(seed, p, q, kappa=0.9), inputs(seed, p)

@@ -34,7 +34,7 @@ def test_a_singular_root_at_zero_is_found(name):
 
 
 @pytest.mark.parametrize(("dtype", "c"), [
-    *((torch.float64, 10.0**k) for k in (-12, -6, 6, 12)), *((torch.float32, 10.0**k) for k in (-8, -4, 4, 8)),
+    *((torch.float64, 10.0**k) for k in (-12, 12)), *((torch.float32, 10.0**k) for k in (-8, 8)),
 ], ids=str)  # fmt: skip
 def test_claims_do_not_depend_on_the_units_of_g(dtype, c):
     a = torch.tensor([[2.0, 3.0], [0.5, 5.0], [-1.0, 2.0]], dtype=dtype)  # −1 has no root
@@ -112,8 +112,8 @@ def test_second_derivatives():
     def solve(a):
         return root(lambda x, a: x**3 - a, torch.ones(1, 2), a, adjoint=ImplicitAdjoint(order=2, solver=Newton())).value
 
-    assert torch.autograd.gradcheck(solve, a)
-    assert torch.autograd.gradgradcheck(solve, a)
+    assert torch.autograd.gradcheck(solve, a, fast_mode=True)
+    assert torch.autograd.gradgradcheck(solve, a, fast_mode=True)
 
 
 def test_newton_solves_an_adjoint_too():

@@ -45,7 +45,9 @@ class TestTanhLayers:
         settings = TANH_LAYERS[layer]
         solver = type(settings["solver"])(rtol=1e-10, max_steps=200)
         deq = DEQ(TanhBlock(5), solver=solver, adjoint=settings["adjoint"]).double()
-        assert gradcheck(deq, torch.randn(3, 5, requires_grad=True, dtype=torch.double), check_undefined_grad=False)
+        assert gradcheck(
+            deq, torch.randn(3, 5, requires_grad=True, dtype=torch.double), check_undefined_grad=False, fast_mode=True
+        )
 
     def test_the_implicit_gradient_is_the_one_of_the_formula(self):
         # ∇_u ℓ = diag(1 − tanh²) (I − J)⁻ᵀ ∇_x ℓ, J = diag(1 − tanh²) W, by the notebook's dense solve.
@@ -99,7 +101,7 @@ class TestConvolutionalDEQ:
         solver = Anderson(rtol=1e-10, max_steps=500)
         deq = DEQ(f, solver=solver, adjoint=ImplicitAdjoint(solver=solver)).double()
         u = torch.randn(1, 2, 3, 3).double().requires_grad_()
-        assert gradcheck(deq, u, eps=1e-5, atol=1e-3, check_undefined_grad=False)
+        assert gradcheck(deq, u, eps=1e-5, atol=1e-3, check_undefined_grad=False, fast_mode=True)
 
     def test_backward_at_damping_2_and_the_plot_of_both_residuals(self, tmp_path):
         solver = Anderson(rtol=1e-4, max_steps=100, damping=2.0)

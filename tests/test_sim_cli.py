@@ -22,6 +22,7 @@ from implicitdl._internal import store
 from implicitdl.cli import main
 from implicitdl.data import load
 from implicitdl.sim import SIM
+from kernel_paths import threads
 
 # A process of its own computes in float32, whatever the other tests like.
 pytestmark = pytest.mark.usefixtures("float32")
@@ -217,22 +218,29 @@ def test_a_folder_that_cannot_be_written_shows_before_anything_is_solved(
     assert not list(tmp_path.iterdir())
 
 
-def launched(words, processes):
-    """`torchrun implicitdl words`, one thread a process."""
-    code = f"from implicitdl.cli import main; raise SystemExit(main({words!r}))"
+def launched(commands, processes):
+    """What `torchrun implicitdl words` prints, one command after another, one thread a process."""
+    code = f"from implicitdl.cli import main; raise SystemExit(any([main(words) for words in {commands!r}]))"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launch, "--no-python", sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-@pytest.mark.parametrize("solver", ["admm", "admm-multi-gpu"])
-def test_two_processes_are_one(solver, teachers, tmp_path):
-    words = ["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, "--solver", solver, "--path", "30,3"]
-    one, two = (launched([*words, "--out", str(tmp_path / f"{count}")], count) for count in (1, 2))
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
-    assert two.stdout.replace(str(tmp_path / "2"), str(tmp_path / "1")) == one.stdout
+def test_two_processes_are_one(teachers, tmp_path, capsys):
+    common = ["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, "--path", "30,3"]
+    solvers = ("admm", "admm-multi-gpu")
+    one, two = (
+        [[*common, "--solver", solver, "--out", str(tmp_path / count / solver)] for solver in solvers]
+        for count in ("1", "2")
+    )
+    with threads(1):
+        assert [main(words) for words in one] == [0, 0]
+    printed = launched(two, processes=2)
+    assert printed.replace(str(tmp_path / "2"), str(tmp_path / "1")) == capsys.readouterr().out
     files = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path / "1", tmp_path / "2")

@@ -32,18 +32,19 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["A", "B", "C", "D"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_the_matrices_are_those_that_the_model_uses(way, name):
-    model, u = ImplicitModel(3, 4, 5, bias=True, tol=1e-13), torch.randn(6, 3)
-    way(model, name)
-    model.eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that what was made by a hook is made of other numbers
-            parameter.mul_(1.5)
-    torch.testing.assert_close(tight(model.statespace(), u), model(u), rtol=1e-9, atol=1e-9)
-    model.statespace()(u).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+def test_the_matrices_are_those_that_the_model_uses(way):
+    u = torch.randn(6, 3, dtype=torch.float64)
+    for name in ("A", "B", "C", "D"):
+        model = ImplicitModel(3, 4, 5, bias=True, tol=1e-13, dtype=torch.float64)
+        way(model, name)
+        model.eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # so that what was made by a hook is made of other numbers
+                parameter.mul_(1.5)
+        torch.testing.assert_close(tight(model.statespace(), u), model(u), rtol=1e-9, atol=1e-9)
+        model.statespace()(u).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad), name
 
 
 # ---- an A outside of the set

@@ -51,22 +51,21 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4), (2, 3, 4)])
-def test_a_tensor_comes_back_bit_for_bit(tmp_path, dtype, shape):
-    tensor = (10 * torch.randn(shape)).to(dtype)
-    store.save(tmp_path / "c", {"x": tensor}, {})
+def test_a_tensor_comes_back_bit_for_bit(tmp_path, dtype):
+    shapes = [(), (0,), (3,), (2, 0, 4), (2, 3, 4)]
+    given = {f"x{i}": (10 * torch.randn(shape)).to(dtype) for i, shape in enumerate(shapes)}
+    store.save(tmp_path / "c", given, {})
     tensors, meta = store.load(tmp_path / "c")
     assert meta == {}
-    assert tensors["x"].dtype == dtype
-    assert tensors["x"].shape == tensor.shape
-    assert torch.equal(tensors["x"], tensor)
+    assert tensors.keys() == given.keys()
+    for name, tensor in given.items():
+        assert tensors[name].dtype == dtype
+        assert tensors[name].shape == tensor.shape
+        assert torch.equal(tensors[name], tensor)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=8,
-)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+JSON = LEAVES | st.deferred(lambda: st.lists(JSON, max_size=4) | st.dictionaries(st.text(), JSON, max_size=4))
 
 
 @given(value=JSON)
@@ -216,8 +215,10 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "weights.pkl", "model.safetensors", "odd"])
-@pytest.mark.parametrize("writer", ["torch.save", "pickle"])
+@pytest.mark.parametrize(("name", "writer"), [
+    ("model.pt", "torch.save"), ("pytorch_model.bin", "torch.save"), ("weights.pkl", "pickle"),
+    ("model.safetensors", "torch.save"), ("model.safetensors", "pickle"), ("odd", "torch.save"), ("odd", "pickle"),
+])  # fmt: skip
 def test_a_pickle_is_named_and_never_loaded(tmp_path, name, writer):
     trap = tmp_path / "ran"
     path = tmp_path / name
@@ -281,9 +282,10 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("code", "expected", "do"), REFUSALS)
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(("function", "call", "code", "expected", "do"), [
+    *(("fsync", 1, *refusal) for refusal in REFUSALS),
+    ("fsync", 2, *REFUSALS[0]), ("replace", 1, *REFUSALS[2]), ("replace", 2, *REFUSALS[4]),
+])  # fmt: skip
 def test_the_system_refuses(tmp_path, monkeypatch, function, call, code, expected, do):
     """The call-th fsync or rename fails: what is there is whole, and the next save finds a clean folder."""
     folder = tmp_path / "c"
@@ -368,6 +370,8 @@ def crash_at(k):
     store._write = cut(real, half)
     os.replace, os.fsync, os.unlink = cut(os.replace), cut(os.fsync), cut(os.unlink)
 
+os.fsync = lambda handle: None  # counted all the same: what was written outlives a process, if not a power cut
+
 def attempt(i, k):
     child = os.fork()
     if child == 0:
@@ -402,16 +406,16 @@ while not chain([steps]):
     steps += 1
 assert steps > 7, steps  # two writes with their fsyncs, two renames, two fsyncs of the folder
 for first in range(1, steps):
-    for second in range(1, steps + 3):
+    for second in range(1 + first % 3, steps + 3, 3):
         chain([first, second])
-for k in range(1, steps):
+for k in range(1, steps, 2):
     chain([k, k + 1, k, k + 1])
 print("whole after", steps, "steps")
 """
 
 
 def test_whole_after_a_kill_at_any_step(tmp_path):
-    """Every step of a save, every pair of steps of two saves in a row, and chains of four."""
+    """Every step of a save, a third of the pairs of steps of two saves in a row, and chains of four."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CRASHES, str(tmp_path / "c")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -38,6 +38,12 @@ from implicitdl.training.state import pack, unpack
 SOURCE = Path(errors.__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _no_power_cut(monkeypatch):
+    """What is written outlives a process without waiting for the disk; tests that count the waits put theirs on top."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def samples(n: int = 60) -> TensorDataset:
     generator = torch.Generator().manual_seed(7)
     u = torch.randn(n, 6, generator=generator)
@@ -561,11 +567,11 @@ sys.path.insert(0, sys.argv[3])
 from test_train import OPTIMIZERS, cosine, files, fit
 
 torch.set_default_dtype(torch.float64)
-root, kills = Path(sys.argv[1]), int(sys.argv[2])
+root, kills, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
 
 def start(folder):
-    # 20 short epochs: most of the time goes into saving, which is where a kill could hurt.
-    fit(folder, 20, scheduler=cosine, resume=True, opt=OPTIMIZERS["adamw fused"])
+    # Short epochs: most of the time goes into saving, which is where a kill could hurt.
+    fit(folder, epochs, scheduler=cosine, resume=True, opt=OPTIMIZERS["adamw fused"])
 
 start(root / "warm")
 begin = time.monotonic()
@@ -608,19 +614,19 @@ def outcome(command: list[str], timeout: int = 280, **environment: str) -> str:
     return done.stdout
 
 
-def kill_and_resume(tmp_path: Path, kills: int, timeout: int) -> None:
-    command = [sys.executable, "-c", KILLS, str(tmp_path), str(kills), str(Path(__file__).parent)]
+def kill_and_resume(tmp_path: Path, kills: int, epochs: int, timeout: int) -> None:
+    command = [sys.executable, "-c", KILLS, str(tmp_path), str(kills), str(Path(__file__).parent), str(epochs)]
     assert "killed 0 " not in outcome(command, timeout)
 
 
 def test_killed_at_random_moments(tmp_path):
-    kill_and_resume(tmp_path, 2, 280)
+    kill_and_resume(tmp_path, 2, 8, 280)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_killed_at_twenty_random_moments(tmp_path):
-    kill_and_resume(tmp_path, 20, 1700)
+    kill_and_resume(tmp_path, 20, 20, 1700)
 
 
 def test_scheduler_steps_once_an_epoch_or_once_a_batch(tmp_path):
@@ -1207,7 +1213,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch, code):
 
 # A checkpoint takes 4 syncs, the figures 4: the run opens with 8, its first epoch, which is the best, takes 12,
 # and the others 8.
-@pytest.mark.parametrize("at", [1, 2, 4, 5, 7, 8, 9, 11, 13, 14, 16, 17, 19, 21, 22, 25, 29])
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 7, 8, 9, 13, 16, 17, 20, 21, 25])
 def test_a_full_disk_at_any_write(tmp_path, monkeypatch, at):
     """Whichever file of whichever epoch finds it full: with room again the run goes on as if nothing was."""
     real, calls = os.fsync, []

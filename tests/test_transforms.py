@@ -155,15 +155,23 @@ def agree(ours, exact, tolerance):
     assert max(float((one - other).abs().max()) for one, other in zip(ours, exact, strict=True)) < tolerance
 
 
-@every_case
-@pytest.mark.parametrize("transform", FIRST.values(), ids=FIRST)
+def pairs(transforms, often):
+    """Every transform of the dense equilibrium, and of each other one some that take every one of its rules."""
+    named = [("dense", name) for name in transforms] + [
+        (case, name) for case in CASES if case != "dense" for name in often
+    ]
+    return [pytest.param(transforms[name], CASES[case], id=f"{name}, {case}") for case, name in named]
+
+
+@pytest.mark.parametrize(
+    ("transform", "case"), pairs(FIRST, ("vjp", "jacfwd", "vmap over inputs", "gradient of a batch of models"))
+)
 def test_every_transform_of_every_equilibrium(transform, case):
     t = case.tensors()
     agree(transform(case.solve, *t), transform(case.exact, *t), 1e-7)
 
 
-@every_case
-@pytest.mark.parametrize("transform", SECOND.values(), ids=SECOND)
+@pytest.mark.parametrize(("transform", "case"), pairs(SECOND, ("forward over reverse", "of each sample")))
 def test_transforms_of_transforms(transform, case):
     t = case.tensors()
     agree(transform(case.solve, *t), transform(case.exact, *t), 1e-6)
@@ -199,7 +207,7 @@ def test_batched_cotangents_of_a_function(order):
         f = lambda x, b: torch.tanh(x @ A.t() + b)  # noqa: E731
         return fixed_point(f, torch.zeros_like(b), b, adjoint=ImplicitAdjoint(order=order)).value
 
-    assert torch.autograd.gradcheck(solve, (A, b), check_batched_grad=True)
+    assert torch.autograd.gradcheck(solve, (A, b), check_batched_grad=True, fast_mode=True)
     plain, vectorized = (
         torch.autograd.functional.jacobian(solve, (A, b), vectorize=vectorize) for vectorize in (False, True)
     )

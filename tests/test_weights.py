@@ -27,9 +27,13 @@ def raw(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.compiled
 @needs_c
 @BOTH
-@pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 33, 48, 49, 64, 100, 113])
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_loop_makes_what_the_scaling_makes(n, count, dtype):
+def test_the_loop_makes_what_the_scaling_makes(count, dtype):
+    for n in (1, 2, 7, 16, 17, 33, 48, 49, 64, 100, 113):
+        scaled_on_the_way(n, count, dtype)
+
+
+def scaled_on_the_way(n, count, dtype):
     v, b = raw(n, dtype), torch.randn(5, n, dtype=dtype)
     with threads(count):
         made, scale = rows.scale_rows(v, 0.9)
@@ -67,14 +71,14 @@ def gradients(A: Tensor, b: Tensor, phi, lazily: bool, **options: object) -> lis
     return [x.detach(), v.grad, b.grad]
 
 
-@pytest.mark.parametrize("phi", [RELU, LEAKY_RELU, HARDTANH], ids=lambda phi: phi.name)
 @pytest.mark.parametrize(
-    "options",
+    ("options", "phi"),
     [
-        {}, {"adjoint": ImplicitAdjoint(order=2)}, {"adjoint": Unrolled(), "solver": Auto(rtol=1e-8)},
-        {"trace": True}, {"solver": Auto(max_steps=400, rtol=1e-13)},
+        ({}, RELU), ({}, LEAKY_RELU), ({}, HARDTANH), ({"adjoint": ImplicitAdjoint(order=2)}, LEAKY_RELU),
+        ({"adjoint": Unrolled(), "solver": Auto(rtol=1e-8)}, HARDTANH), ({"trace": True}, RELU),
+        ({"solver": Auto(max_steps=400, rtol=1e-13)}, LEAKY_RELU),
     ],
-    ids=["exact", "order 2", "unrolled", "trace", "to the last digit"],
+    ids=["exact", "exact, leaky", "exact, hardtanh", "order 2", "unrolled", "trace", "to the last digit"],
 )  # fmt: skip
 @pytest.mark.parametrize("alone", [False, True], ids=["compiled", "torch alone"])
 def test_values_and_gradients_are_those_of_a_matrix_made_before(phi, options, alone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -35,29 +36,26 @@ def spoilt(module: torch.nn.Module, name: str, bad: float) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_of_a_model(options, bad):
+def test_of_a_model(options):
     model, u = ImplicitModel(4, 3, 6, bias=True, on_failure="ignore", **options), torch.rand(5, 4)
-    for name, weight in model.named_parameters():
+    for (name, weight), bad in product(model.named_parameters(), BAD):
         expected = rf"expected finite {name}, got 1 NaN or infinite entries of {weight.numel()}\. Training has diverged"
         with pytest.raises(ArgumentError, match=expected):
             spoilt(model, name, bad)(u)
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_of_a_recurrence(bad):
+def test_of_a_recurrence():
     rnn, u = ImplicitRNN(input_dim=2, output_dim=3, hidden_dim=4, implicit_hidden_dim=5, bias=True), torch.rand(2, 3, 2)
-    for name, _ in rnn.named_parameters():
+    for (name, _), bad in product(rnn.named_parameters(), BAD):
         with pytest.raises(ArgumentError, match=rf"expected finite {name.split('.')[-1]}, got 1 NaN"):
             spoilt(rnn, name, bad)(u)
 
 
-@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("layout", [StateSpace.to_dense, StateSpace.to_sparse])
-def test_of_matrices(layout, bad):
+def test_of_matrices(layout):
     space, u = ImplicitModel(4, 3, 6, bias=True).statespace().detach(), torch.rand(5, 4)
-    for name in ("A", "B", "C", "D", "b_x", "b_y"):
+    for name, bad in zip(("A", "B", "C", "D", "b_x", "b_y"), 2 * BAD, strict=True):
         matrix = getattr(space, name).clone()
         matrix.view(-1)[1] = bad
         broken = layout(space.replace(**{name: matrix}))
