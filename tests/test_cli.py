@@ -38,7 +38,7 @@ from implicitdl import (
 )
 from implicitdl._internal import store
 from implicitdl.activations import TANH
-from implicitdl.cli import build, main, models, report
+from implicitdl.cli import build, info, main
 from implicitdl.cli.options import Options
 from implicitdl.constraints import LowRank, Monotone, RowProjection, SoftRowScaling, StrictlyUpper
 from implicitdl.nn import (
@@ -48,7 +48,7 @@ from implicitdl.nn import (
     RandomStart,
     ZeroStart,
 )
-from implicitdl.training.epoch import Epochs
+from implicitdl.training.evaluate import Metrics
 from standins import write_mnist
 
 # A process of its own computes in float32, whatever the other tests like.
@@ -219,16 +219,17 @@ class TestResume:
         assert (run / "metrics.jsonl").read_text() == before
 
     def test_an_interrupted_run_goes_on_to_the_same_numbers(self, finished, tmp_path, monkeypatch, capsys):
-        train_epoch = Epochs.epoch
+        means, calls = Metrics.means, []
 
-        def interrupted(self, epoch):
-            if epoch == 2:
+        def interrupted(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 3:  # after the training of the second epoch
                 raise KeyboardInterrupt
-            train_epoch(self, epoch)
+            return means(self, *arguments)
 
         folder = tmp_path / "run"
         with monkeypatch.context() as patch:
-            patch.setattr(Epochs, "epoch", interrupted)
+            patch.setattr(Metrics, "means", interrupted)
             assert main([*SMALL, "--out", str(folder)]) == 130
         err = capsys.readouterr().err
         assert err == f"implicitdl: interrupted; go on with: implicitdl train --resume --out {folder}\n"
@@ -423,7 +424,7 @@ class TestNoise:
         def broken(run):
             raise RuntimeError("ours")
 
-        monkeypatch.setattr(report, "info", broken)
+        monkeypatch.setattr(info, "run", broken)
         with pytest.raises(RuntimeError, match="ours"):
             main(["info", "run"])
 
@@ -431,7 +432,7 @@ class TestNoise:
         def interrupted(run):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(report, "info", interrupted)
+        monkeypatch.setattr(info, "run", interrupted)
         assert main(["info", "run"]) == 130
         assert capsys.readouterr().err == "implicitdl: interrupted\n"
 
@@ -473,8 +474,8 @@ class TestNoise:
         assert script.load() is main
 
 
-def built(**options) -> models.Model:
-    return models.model(Options(**options).check(), (1, 28, 28), 3)
+def built(**options) -> build.Model:
+    return build.model(Options(**options).check(), (1, 28, 28), 3)
 
 
 class TestBuild:
@@ -537,7 +538,7 @@ class TestBuild:
 
     def test_the_jacobian_is_in_the_loss_of_training_only(self):
         options = Options(model="deq-dense", jac_reg=2.0).check()
-        dense = models.model(options, (1, 2, 2), 3)
+        dense = build.model(options, (1, 2, 2), 3)
         loss, plain = build.loss(options, dense), torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
         u, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
         trained = dense(u)

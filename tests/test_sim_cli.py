@@ -183,7 +183,7 @@ def test_models_by_their_nonzeros(teachers, tmp_path):
 @pytest.mark.parametrize(("words", "also"), [([], ""), (["--refit"], ", refitted")])
 def test_the_two_ways_to_sparsity_are_both_refitted_or_neither(words, also, teachers, tmp_path, monkeypatch, capsys):
     calls, drawn = [], []
-    monkeypatch.setattr("implicitdl.cli.outcome.refit", lambda space, *rest: calls.append(space) or space)
+    monkeypatch.setattr("implicitdl.cli.sim.refit", lambda space, *rest: calls.append(space) or space)
     monkeypatch.setattr("implicitdl.viz.sparsity", lambda curves, **how: drawn.extend(curves))
     teacher = ["--teacher", str(teachers / "net.safetensors"), "--layers", "64-16-8-10"]
     assert main(["sim", *teacher, *QUICK, "--path", "3", *words, "--out", str(tmp_path / "out")]) == 0

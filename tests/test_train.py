@@ -31,8 +31,7 @@ from implicitdl._internal import errors, store
 from implicitdl._internal.errors import ArgumentError, MissingExtraError
 from implicitdl.loop.announce import announce
 from implicitdl.loop.outcome import Outcome
-from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, train
-from implicitdl.training import processes as processes_module
+from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, loop, processes, train
 from implicitdl.training.state import pack, unpack
 
 SOURCE = Path(errors.__file__).parents[1]
@@ -282,11 +281,9 @@ def test_steps_and_misses_are_counted_over_the_epoch_and_warned_of_once(tmp_path
 
 def test_reading_at_every_batch_or_never_gives_the_same_figures(tmp_path, monkeypatch):
     """Figures must not depend on the clock: float sums in another order would differ in the last digit."""
-    from implicitdl.training import progress
-
-    monkeypatch.setattr(progress.Clock, "due", lambda clock: True)
+    monkeypatch.setattr(loop, "_PAUSE", 0.0)
     fit(tmp_path / "always")
-    monkeypatch.setattr(progress.Clock, "due", lambda clock: False)
+    monkeypatch.setattr(loop, "_PAUSE", math.inf)
     fit(tmp_path / "never")
     assert files(tmp_path / "always") == files(tmp_path / "never")
 
@@ -650,13 +647,14 @@ def test_plateau_looks_at_the_validation_loss(tmp_path):
 
 def scaled(monkeypatch, scale: float) -> None:
     """The gradient scaler of fp16, on the CPU."""
-    real = processes_module.Processes._check
+    real = processes._joined
 
-    def check(place):
-        real(place)
-        place.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+    def joined(*arguments):
+        accelerator = real(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+        return accelerator
 
-    monkeypatch.setattr(processes_module.Processes, "_check", check)
+    monkeypatch.setattr(processes, "_joined", joined)
 
 
 def test_clipping_bounds_the_step(tmp_path, monkeypatch):
@@ -912,11 +910,9 @@ def test_a_line_per_epoch_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_the_bar_shows_every_figure_while_an_epoch_runs(tmp_path, monkeypatch, capsys):
-    from implicitdl.training import progress
-
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(progress.Clock, "due", lambda clock: True)
+    monkeypatch.setattr(loop, "_PAUSE", 0.0)
     fit(tmp_path, 1, progress=True)
     shown = capsys.readouterr().out
     assert "8/8" in shown
@@ -1184,12 +1180,12 @@ def test_a_validation_loss_that_is_not_finite(tmp_path):
 
 def test_a_late_reader_still_names_the_first_bad_batch(tmp_path, monkeypatch):
     """On an accelerator losses are read later; what a NaN broke meanwhile must not hide it."""
-    from implicitdl.training.meter import Meter
+    from implicitdl.training.evaluate import Metrics
 
-    meter = Meter("train", "epoch 1")
-    meter._losses = [(torch.tensor(1.0), 2), (torch.tensor(float("nan")), 2), (torch.tensor(float("inf")), 2)]
+    metrics = Metrics("train", F.cross_entropy, where="epoch 1")
+    metrics._kept = [(torch.tensor(value), 2, 0.0, 0) for value in (1.0, float("nan"), float("inf"))]
     with pytest.raises(NonFiniteLossError, match="got nan in batch 2 of epoch 1"):
-        meter.check()
+        metrics.read()
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
@@ -1544,8 +1540,8 @@ def test_a_launch_whose_processes_cannot_be_joined(tmp_path, monkeypatch):
     class Module:
         Accelerator = Alone
 
-    real = processes_module.extra
-    monkeypatch.setattr(processes_module, "extra", lambda m, n: Module if m == "accelerate" else real(m, n))
+    real = processes.extra
+    monkeypatch.setattr(processes, "extra", lambda m, n: Module if m == "accelerate" else real(m, n))
     assert "2 processes, as this one was launched, got 1 that could be joined" in refused(folder=tmp_path)
 
 

@@ -1,7 +1,4 @@
-"""The command line `implicitdl`: train, evaluate, plot, certify, info.
-
-Names become classes here and nowhere else; what a command does is the library's public calls in a row.
-"""
+"""The command line `implicitdl`: train, evaluate, plot, certify, info, sim."""
 
 from __future__ import annotations
 
@@ -41,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for module in ("typer", "rich"):
             extra(module, "cli")
-        from .app import RunInterruptedError, UsageError, command
+        from .app import UsageError, command
+        from .options import RunInterruptedError
     except MissingExtraError as error:
         return _say(error, _BAD_INPUT)
     with warnings.catch_warnings():

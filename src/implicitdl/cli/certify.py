@@ -1,8 +1,8 @@
-"""The work of `certify`: what can be proved about a run's best checkpoint, and two pictures of it."""
+"""The command `certify`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,89 +10,59 @@ from torch import Tensor
 
 from .. import certify as certification
 from .. import viz
-from .._internal.errors import ArgumentError, choice, non_negative, non_negative_int, positive_int, wrong
+from .._internal.errors import ArgumentError, wrong
 from ..data import Data
 from ..nn import ImplicitModel
 from . import build, folder
-from .report import say
+from .options import CertifyOptions
 
-WHO = "certify"
 RADII = (0.01, 0.05, 0.1)
-METHODS = ("crown", "interval", "sensitivity")
+_UNKNOWN = "unknown"
 
 
-def certify(
-    run: str,
-    eps: Sequence[float],
-    samples: int,
-    method: str,
-    slope_steps: int,
-    rounds: int,
-    attack_steps: int,
-    restarts: int,
-    root: str | None,
-    device: str | None,
-) -> None:
-    _check(eps, samples, method, slope_steps, rounds, attack_steps, restarts)
-    path = Path(run)
-    place = build.device(WHO, device)
-    options = folder.read(WHO, path)
-    model = folder.best(WHO, path, options)
+def run(run: str, options: CertifyOptions, root: str | None, device: str | None) -> None:
+    who, path = options.WHO, Path(run)
+    place = build.place(who, device)
+    saved = folder.read(who, path)
+    model = folder.best(who, path, saved)
     if not isinstance(model, ImplicitModel):
-        raise wrong(WHO, "a run of --model implicit", options.model, "Only its equation is known in matrices.")
+        raise wrong(who, "a run of --model implicit", saved.model, "Only its equation is known in matrices.")
     model = model.to(place)
-    data = build.data(options, root)
-    say(str(certification.well_posed(model)))
-    by_box, by_two = (_known(bound, model) for bound in (certification.lipschitz_inf, certification.lipschitz_two))
-    say(f"Lipschitz constants: {_words(by_box)} in the ∞-norm, {_words(by_two)} in the 2-norm")
-    attack: dict[str, Any] = {"steps": attack_steps, "restarts": restarts}
-    if by_box is None:
-        say("certified accuracy: unknown, because box bounds need λ_pf(max|φ'||A|) < 1; what an attack leaves:")
+    data = build.data(saved, root)
+    print(certification.well_posed(model))
+    box, two = _constant(certification.lipschitz_inf, model), _constant(certification.lipschitz_two, model)
+    print(f"Lipschitz constants: {box} in the ∞-norm, {two} in the 2-norm", flush=True)
+    radii = sorted(options.eps or RADII)
+    attack: dict[str, Any] = {"steps": options.attack_steps, "restarts": options.restarts}
+    if box == _UNKNOWN:
+        print("certified accuracy: unknown, because box bounds need λ_pf(max|φ'||A|) < 1; what an attack leaves:")
         exact = model.double()
-        for radius in sorted(eps):
-            say(str(certification.attacked_accuracy(exact, _first(data, samples, exact.B), radius, **attack)))
+        for radius in radii:
+            batches = _first(data, options.samples, exact.B)
+            print(certification.attacked_accuracy(exact, batches, radius, **attack), flush=True)
         return
     by = {
-        "crown": certification.Crown(steps=slope_steps, rounds=rounds),
+        "crown": certification.Crown(steps=options.slope_steps, rounds=options.rounds),
         "interval": certification.Interval(),
         "sensitivity": certification.Sensitivity(),
-    }[method]
+    }[options.method]
     found = []
-    for radius in sorted(eps):
-        batches = _first(data, samples, model.B)
+    for radius in radii:
+        batches = _first(data, options.samples, model.B)
         found.append(certification.certified_accuracy(model, batches, radius, by, **attack))
-        say(str(found[-1]))
-    pictures = path / "plots"
-    viz.robust_accuracy(found, path=pictures / "robust.png")
-    viz.pixel_sensitivity(model, data.test_ds.shape, path=pictures / "sensitivity.png")
-    for name in ("robust", "sensitivity"):
-        say(str(pictures / f"{name}.png"))
+        print(found[-1], flush=True)
+    robust, sensitivity = path / "plots" / "robust.png", path / "plots" / "sensitivity.png"
+    viz.robust_accuracy(found, path=robust)
+    viz.pixel_sensitivity(model, data.test_ds.shape, path=sensitivity)
+    print(f"{robust}\n{sensitivity}")
 
 
-def _check(
-    eps: Sequence[float], samples: int, method: str, slope_steps: int, rounds: int, attack_steps: int, restarts: int
-) -> None:
-    """At the door: before anything is read, and before the proofs, which take their time."""
-    for radius in eps:
-        non_negative(WHO, "--eps", radius)
-    choice(WHO, "--method", method, METHODS)
-    for name, count in (("samples", samples), ("attack-steps", attack_steps), ("restarts", restarts)):
-        positive_int(WHO, f"--{name}", count)
-    for name, count in (("slope-steps", slope_steps), ("rounds", rounds)):
-        if non_negative_int(WHO, f"--{name}", count) and method != "crown":
-            raise wrong(WHO, f"--{name} with --method crown alone", f"--method {method}", "Leave it out.")
-
-
-def _known(bound: Callable[[ImplicitModel], float], model: ImplicitModel) -> float | None:
-    """The Lipschitz constant, where the bound applies."""
+def _constant(bound: Callable[[ImplicitModel], float], model: ImplicitModel) -> str:
+    """A Lipschitz constant in words; unknown where the bound does not apply."""
     try:
-        return bound(model)
+        return f"{bound(model):.4g}"
     except ArgumentError:
-        return None
-
-
-def _words(constant: float | None) -> str:
-    return "unknown" if constant is None else f"{constant:.4g}"
+        return _UNKNOWN
 
 
 def _first(data: Data, samples: int, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

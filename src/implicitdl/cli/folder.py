@@ -20,10 +20,10 @@ import msgspec
 
 from .._internal import store
 from .._internal.errors import ArgumentError, wrong
-from ..nn import ImplicitModel, pretrained, schema
+from ..nn import ImplicitModel, schema
 from ..training.logger import BEST, JSONL, LAST, refuse_run
-from .models import CLASSES, Model
-from .options import WHO, Options, flag
+from .build import CLASSES, Model, is_main_process
+from .options import Options, flag
 
 T = TypeVar("T")
 
@@ -39,22 +39,17 @@ def new(options: Options, out: str | None) -> Path:
     """The folder of a new run, not made yet; raises where one already is."""
     if out is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise wrong(WHO, "--out when several processes train", "none", "Name the folder of this run.")
+            raise wrong(Options.WHO, "--out when several processes train", "none", "Name the folder of this run.")
         kind = f"n{options.hidden_dim}" if options.model == "implicit" else options.model
         name = f"runs/{options.data}-{kind}"
         return next(path for i in itertools.count(1) if not os.path.lexists(path := Path(f"{name}-{i}")))
     folder = Path(out)
-    if _is_main():
+    if is_main_process():
         store.refuse_owned(folder)  # before what it holds: the run that writes it may have just begun
     if is_sim(folder):
-        raise wrong(WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
-    refuse_run(WHO, folder, "Pass --resume to go on with it, or another --out.")
+        raise wrong(Options.WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
+    refuse_run(Options.WHO, folder, "Pass --resume to go on with it, or another --out.")
     return folder
-
-
-def _is_main() -> bool:
-    """Of several processes, the one that owns the folder."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_sim(folder: Path) -> bool:
@@ -72,26 +67,21 @@ def resumed(given: Mapping[str, Any], options: Options, out: str | None) -> tupl
     Where nothing was saved yet the run starts, so that one command line serves first and later starts.
     """
     if out is None:
-        raise wrong(WHO, "--out with --resume", "none", "Name the folder of the run.")
+        raise wrong(Options.WHO, "--out with --resume", "none", "Name the folder of the run.")
     folder = Path(out)
     if not store.exists(folder / LAST):
         return new(options, out), options
-    if _is_main():
+    if is_main_process():
         store.refuse_owned(folder)
-    saved = read(WHO, folder)
+    saved = read(Options.WHO, folder)
     free = _FREE if saved.schedule == "cosine" else _FREE | {"epochs"}
     for name, value in given.items():
         before = getattr(saved, name)
         if value != before and name not in free:
             do = "Leave it out, or start another run with another --out."
-            raise wrong(f"{WHO} --resume of '{folder}'", f"{flag(name)} as it was ({before})", value, do)
+            raise wrong(f"{Options.WHO} --resume of '{folder}'", f"{flag(name)} as it was ({before})", value, do)
     changed = {name: value for name, value in given.items() if name in free}
     return folder, dataclasses.replace(saved, **changed)
-
-
-def claimed(folder: Path, options: Options, model: Model) -> contextlib.AbstractContextManager[None]:
-    """Write run.json; take it back when training is refused, or fails before it has saved anything."""
-    return claim(folder, FILE, options, LAST, model=pretrained.config(model))
 
 
 @contextlib.contextmanager
@@ -128,7 +118,11 @@ def write(path: Path, options: Any, /, **more: Any) -> None:
 def read(who: str, folder: Path) -> Options:
     """The options of a run; of one of `sim`, those that `train` shares."""
     if not is_run(folder):
-        _refuse(who, folder)
+        if os.path.isfile(folder):
+            store.load(folder)  # words it: a pickle, or some other file
+        got = f"none in '{folder}'" if os.path.exists(folder) else f"nothing at '{folder}'"
+        do = "Give a folder that `implicitdl train` or `implicitdl sim` wrote."
+        raise wrong(who, f"a run's folder, with {FILE}", got, do)
     if is_sim(folder):
         return _understood(who, folder, SIM, lambda content: _of_sim(content["options"]))
     return _understood(who, folder, FILE, lambda content: _options(content["options"]))
@@ -195,12 +189,3 @@ def rows(who: str, folder: Path) -> list[dict[str, Any]]:
         reason = store.quoted(str(error), 200)[1:-1]
         do = "Go on with the run: that rewrites it."
         raise wrong(who, f"a whole {JSONL} in '{folder}'", f"one that cannot be read ({reason})", do) from error
-
-
-def _refuse(who: str, folder: Path) -> None:
-    expected, do = f"a run's folder, with {FILE}", "Give a folder that `implicitdl train` or `implicitdl sim` wrote."
-    if not os.path.exists(folder):
-        raise wrong(who, expected, f"nothing at '{folder}'", do)
-    if os.path.isfile(folder):
-        store.load(folder)  # words it: a pickle, or some other file
-    raise wrong(who, expected, f"none in '{folder}'", do)

@@ -1,16 +1,22 @@
-"""Every option of `train`, with its default; what a run's folder remembers of how it was made."""
+"""The options of the commands.
+
+The options of a command are a frozen dataclass. Each field declares one option: its type, its default, its help, the
+values it may have, and the options it belongs to. The parser (`with_options`) and the checks (`check_each`) both come
+from this declaration.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from typer import Option
 
 from .._internal.errors import (
+    ArgumentError,
     choice,
     fraction,
     non_negative,
@@ -24,163 +30,260 @@ from ..activations import BUILTIN
 from ..data import NAMES
 from ..solvers.base import damping
 
-WHO = "train"
+T = TypeVar("T")
 
-# The models, and which options are theirs.  Another one's would have no effect.
-MODELS = {
-    "implicit": ("structure", "rank", "hidden_dim", "no_D", "bias", "kappa", "activation", "constraint"),
-    "deq-dense": ("hidden_dim", "jac_reg", "start"),
-    "deq-conv": ("channels", "inner_channels", "halvings", "cells", "jac_reg", "start"),
-    "monotone-conv": ("channels", "halvings", "cells", "kappa"),
-}
-STRUCTURES = ("dense", "triangular", "low-rank")
+MODELS = ("implicit", "deq-dense", "deq-conv", "monotone-conv")
 CONSTRAINTS = ("row-scaling", "row-projection", "soft-row-scaling", "monotone")
 SOLVERS = (
     "auto", "picard", "aitken", "anderson", "broyden", "newton", "peaceman-rachford", "forward-backward",
 )  # fmt: skip
-# Newton's step on the adjoint, which is linear, would be its solution: GMRES is the way without a matrix.
+# Newton's method on the adjoint, which is linear, needs the inverse that is asked for. GMRES needs no matrix.
 GRAD_SOLVERS = (*(name for name in SOLVERS if name != "newton"), "gmres")
-ADJOINTS = ("exact", "phantom", "shine", "unrolled")
-STARTS = ("zero", "random")
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "step", "constant")
-PRECISIONS = ("no", "bf16", "fp16")
-FAILURES = ("warn", "raise", "ignore")
-_data, _model, _solving, _training = (
-    functools.partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Solving", "Training")
+SIM_SOLVERS = ("admm", "admm-multi-gpu", "cvx", "one-sided", "low-rank", "least-squares")
+_IMPLICIT, _DENSE = {"model": ("implicit",)}, {"model": ("implicit", "deq-dense")}
+_DEQ, _DEQ_CONV, _CONV = {"model": MODELS[1:3]}, {"model": ("deq-conv",)}, {"model": MODELS[2:]}
+_EXACT = {"adjoint": ("exact",)}
+
+
+class RunInterruptedError(Exception):
+    """Ctrl-C during a run, with the command that continues it."""
+
+
+def option(
+    panel: str,
+    default: Any,
+    text: str,
+    *flags: str,
+    choices: Iterable[str] = (),
+    check: Callable[[str, str, Any], Any] | None = None,
+    needs: Mapping[str, tuple[str, ...]] | None = None,
+) -> Any:
+    """Declare an option, as a field of a dataclass.
+
+    Arguments:
+        panel: heading in the help under which it stands.
+        default: value without the option; `dataclasses.MISSING` for an option that must be given.
+        text: its help, in whole sentences; the choices are appended.
+        flags: its spelling on the command line; by default that of the field.
+        choices: the values that are allowed; any by default.
+        check: ``check(who, flag, value)`` raises `ArgumentError` for a value that is not allowed.
+        needs: other options by name, and their values with which this option has an effect. A value other than the
+            default is refused beside other values.
+    """
+    words = f"{text} One of: {', '.join(choices)}." if choices else text
+    given = Option(*flags, help=words, rich_help_panel=panel)
+    metadata = {"option": given, "choices": tuple(choices), "check": check, "needs": needs or {}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_data, _model, _solving, _training, _matching, _sparsity, _proof, _attack = (
+    functools.partial(option, panel)
+    for panel in ("Data", "Model", "Solving", "Training", "Matching", "Sparser models", "Proof", "Attack")
 )
-
-
-# What each number has to be; None is nothing to check where it is the default.
-_NUMBERS: dict[Callable[[str, str, Any], float], tuple[str, ...]] = {
-    positive_int: (
-        "rank", "hidden_dim", "channels", "inner_channels", "cells", "memory", "period", "max_steps", "phantom_steps",
-        "grad_max_steps", "epochs", "batch_size",
-    ),
-    non_negative_int: ("split_seed", "halvings", "seed"),
-    open_unit: ("holdout", "kappa", "tol", "grad_tol"),
-    fraction: ("momentum", "warmup", "label_smoothing"),
-    damping: ("damping",),
-    positive: ("lr", "clip", "jac_reg"),
-    non_negative: ("weight_decay",),
-}  # fmt: skip
-
-
-def _one_of(names: Any) -> str:
-    return " | ".join(names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What decides the outcome of a run.  The defaults of training are those that did best on Fashion-MNIST."""
+    """Options of `train` that decide the outcome of a run. The defaults of training did best on Fashion-MNIST."""
 
-    data: Annotated[str, _data(help=_one_of(NAMES))] = "digits"
-    root: Annotated[str | None, _data(help="Folder of the datasets; else IMPLICITDL_DATA, else 'data'.")] = None
-    holdout: Annotated[float, _data(help="Share of the training data that chooses the epoch, in (0, 1).")] = 0.1
-    split_seed: Annotated[int, _data(help="Seed of the split of digits and of the held-out part.")] = 0
+    WHO: ClassVar = "train"
 
-    model: Annotated[str, _model(help=f"implicit is x = φ(Ax + Bu), y = Cx + Du: {_one_of(MODELS)}")] = "implicit"
-    structure: Annotated[str, _model(help=f"of A: {_one_of(STRUCTURES)}")] = "dense"
-    rank: Annotated[int | None, _model(help="r of a low-rank A = LRᵀ.")] = None
-    hidden_dim: Annotated[int, _model(help="n, the size of the state.")] = 100
-    no_D: Annotated[bool, _model("--no-D", help="Leave out Du.")] = False
-    bias: Annotated[bool, _model("--bias/--no-bias", help="b_x and b_y.")] = True
-    kappa: Annotated[
-        float | None, _model(help="κ in (0, 1): ‖A‖∞ ≤ κ / max|φ'|; of a monotone A, I − A ⪰ (1 − κ)I.")
-    ] = None
-    activation: Annotated[str, _model(help=f"φ: {_one_of(BUILTIN)}")] = "relu"
-    constraint: Annotated[str | None, _model(help=f"of a dense A: {_one_of(CONSTRAINTS)}")] = None
-    channels: Annotated[int | None, _model(help="of a convolutional equilibrium.")] = None
-    inner_channels: Annotated[int | None, _model(help="between the convolutions of deq-conv.")] = None
-    halvings: Annotated[int | None, _model(help="of height and width, before the equilibrium.")] = None
-    cells: Annotated[int | None, _model(help="a side, that the image is averaged to before the linear layer.")] = None
+    data: str = _data("digits", "Data set.", choices=NAMES)
+    root: str | None = _data(None, "Folder of the data sets. Default: $IMPLICITDL_DATA, or else 'data'.")
+    holdout: float = _data(0.1, "Share of the training data, in (0, 1), that selects the epoch.", check=open_unit)
+    split_seed: int = _data(0, "Seed of the split of digits and of the held-out part.", check=non_negative_int)
 
-    solver: Annotated[str, _solving(help=f"auto splits where A is monotone: {_one_of(SOLVERS)}")] = "auto"
-    start: Annotated[str, _solving(help=f"of a deq model, random in training only: {_one_of(STARTS)}")] = "zero"
-    damping: Annotated[float | None, _solving(help="of picard and anderson, in (0, 2].")] = None
-    memory: Annotated[int | None, _solving(help="of anderson and broyden.")] = None
-    period: Annotated[int | None, _solving(help="of aitken.")] = None
-    tol: Annotated[float | None, _solving(help="Relative tolerance; the precision's default.")] = None
-    max_steps: Annotated[int, _solving(help="of the forward solve, per sample.")] = 300
-    adjoint: Annotated[str, _solving(help=f"shine with --solver broyden: {_one_of(ADJOINTS)}")] = "exact"
-    phantom_steps: Annotated[int | None, _solving(help="of the phantom gradient.")] = None
-    grad_solver: Annotated[str, _solving(help=f"of the exact adjoint: {_one_of(GRAD_SOLVERS)}")] = "auto"
-    grad_tol: Annotated[float | None, _solving(help="of the exact adjoint.")] = None
-    grad_max_steps: Annotated[int | None, _solving(help="of the exact adjoint.")] = None
-    on_failure: Annotated[str, _solving(help=f"What a missed tolerance causes: {_one_of(FAILURES)}")] = "warn"
+    model: str = _model("implicit", "Model; implicit is x = φ(Ax + Bu), y = Cx + Du.", choices=MODELS)
+    structure: str = _model(
+        "dense", "Structure of A.", choices=("dense", "triangular", "low-rank"), needs=_IMPLICIT
+    )  # fmt: skip
+    rank: int | None = _model(
+        None, "Rank r of a low-rank A = LRᵀ.", check=positive_int, needs=_IMPLICIT | {"structure": ("low-rank",)}
+    )
+    hidden_dim: int = _model(100, "Size n of the state x.", check=positive_int, needs=_DENSE)
+    no_D: bool = _model(False, "Leave out the term Du.", "--no-D", needs=_IMPLICIT)
+    bias: bool = _model(True, "Add the biases b_x and b_y.", "--bias/--no-bias", needs=_IMPLICIT)
+    kappa: float | None = _model(
+        None,
+        "Bound κ in (0, 1): ‖A‖∞ ≤ κ / max|φ'|; with a monotone A, I − A ⪰ (1 − κ)I.",
+        check=open_unit,
+        needs={"model": ("implicit", "monotone-conv")},
+    )
+    activation: str = _model("relu", "Activation φ.", choices=tuple(BUILTIN), needs=_IMPLICIT)
+    constraint: str | None = _model(
+        None, "Constraint on a dense A.", choices=CONSTRAINTS, needs=_IMPLICIT | {"structure": ("dense",)}
+    )
+    channels: int | None = _model(None, "Channels of a convolutional state.", check=positive_int, needs=_CONV)
+    inner_channels: int | None = _model(
+        None, "Channels between the two convolutions of deq-conv.", check=positive_int, needs=_DEQ_CONV
+    )
+    halvings: int | None = _model(
+        None, "Halvings of height and width before the equilibrium.", check=non_negative_int, needs=_CONV
+    )
+    cells: int | None = _model(
+        None, "Spatial size (cells × cells) of the average pooling before the classifier.", check=positive_int,
+        needs=_CONV,
+    )  # fmt: skip
 
-    epochs: Annotated[int, _training(help="How many in all.")] = 10
-    batch_size: Annotated[int, _training(help="Samples per step.")] = 64
-    lr: Annotated[float, _training(help="The largest learning rate.")] = 3e-3
-    optimizer: Annotated[str, _training(help=_one_of(OPTIMIZERS))] = "adam"
-    weight_decay: Annotated[float, _training(help="≥ 0.")] = 0.0
-    momentum: Annotated[float | None, _training(help="of sgd; 0.9.")] = None
-    schedule: Annotated[str, _training(help=f"{_one_of(SCHEDULES)}; step divides by 10 at 1/2 and 3/4.")] = "cosine"
-    warmup: Annotated[float, _training(help="Share of all steps over which the rate rises.")] = 0.05
-    label_smoothing: Annotated[float, _training(help="In [0, 1).")] = 0.1
-    jac_reg: Annotated[float | None, _training(help="Weight of a deq model's ‖∂f/∂x‖²_F / d in the loss.")] = None
-    clip: Annotated[float | None, _training(help="Largest norm of the gradient.")] = None
-    precision: Annotated[str | None, _training(help=f"{_one_of(PRECISIONS)}; else what launched it says.")] = None
-    seed: Annotated[int, _training(help="of the weights and the batches.")] = 0
+    solver: str = _solving(
+        "auto", "Solver of the equilibrium. With a monotone A, auto is peaceman-rachford.", choices=SOLVERS
+    )
+    start: str = _solving(
+        "zero", "Start of a deq model in training; evaluation starts at zero.", choices=("zero", "random"), needs=_DEQ
+    )
+    damping: float | None = _solving(
+        None, "Damping in (0, 2].", check=damping, needs={"solver": ("picard", "anderson")}
+    )  # fmt: skip
+    memory: int | None = _solving(
+        None, "Number of previous steps in memory.", check=positive_int, needs={"solver": ("anderson", "broyden")}
+    )
+    period: int | None = _solving(
+        None, "Steps between two extrapolations.", check=positive_int, needs={"solver": ("aitken",)}
+    )
+    tol: float | None = _solving(
+        None, "Relative tolerance of the forward solve. Default: that of the precision.", check=open_unit
+    )
+    max_steps: int = _solving(300, "Maximum number of steps of the forward solve, per sample.", check=positive_int)
+    adjoint: str = _solving(
+        "exact", "Way to the gradient; shine needs --solver broyden.", choices=("exact", "phantom", "shine", "unrolled")
+    )
+    phantom_steps: int | None = _solving(
+        None, "Steps of the phantom gradient.", check=positive_int, needs={"adjoint": ("phantom",)}
+    )
+    grad_solver: str = _solving("auto", "Solver of the exact adjoint.", choices=GRAD_SOLVERS, needs=_EXACT)
+    grad_tol: float | None = _solving(None, "Relative tolerance of the exact adjoint.", check=open_unit, needs=_EXACT)
+    grad_max_steps: int | None = _solving(
+        None, "Maximum number of steps of the exact adjoint.", check=positive_int, needs=_EXACT
+    )
+    on_failure: str = _solving(
+        "warn", "Reaction to a solve that missed its tolerance.", choices=("warn", "raise", "ignore")
+    )
+
+    epochs: int = _training(10, "Number of epochs in all.", check=positive_int)
+    batch_size: int = _training(64, "Samples per step.", check=positive_int)
+    lr: float = _training(3e-3, "Largest learning rate.", check=positive)
+    optimizer: str = _training("adam", "Optimizer.", choices=("adam", "adamw", "sgd"))
+    weight_decay: float = _training(0.0, "Weight decay, ≥ 0.", check=non_negative)
+    momentum: float | None = _training(
+        None, "Momentum of sgd in [0, 1). Default: 0.9.", check=fraction, needs={"optimizer": ("sgd",)}
+    )
+    schedule: str = _training(
+        "cosine",
+        "Learning rate after the warm-up; step divides it by 10 at 1/2 and 3/4.",
+        choices=("cosine", "step", "constant"),
+    )
+    warmup: float = _training(0.05, "Share of all steps over which the rate rises.", check=fraction)
+    label_smoothing: float = _training(0.1, "Label smoothing in [0, 1).", check=fraction)
+    jac_reg: float | None = _training(
+        None, "Weight of the penalty ‖∂f/∂x‖²_F / d of a deq model in the loss.", check=positive, needs=_DEQ
+    )
+    clip: float | None = _training(None, "Largest 2-norm of the gradient.", check=positive)
+    precision: str | None = _training(
+        None, "Mixed precision. Default: that of the launcher.", choices=("no", "bf16", "fp16")
+    )
+    seed: int = _training(0, "Seed of the weights and the order of the batches.", check=non_negative_int)
 
     def check(self) -> Options:
-        """Itself, or an `ArgumentError` about what the library would not word in terms of options."""
-        for name, known in (
-            ("data", NAMES), ("model", tuple(MODELS)), ("structure", STRUCTURES), ("activation", tuple(BUILTIN)),
-            ("constraint", CONSTRAINTS), ("solver", SOLVERS), ("grad_solver", GRAD_SOLVERS),
-            ("adjoint", ADJOINTS), ("start", STARTS), ("on_failure", FAILURES), ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES), ("precision", PRECISIONS),
-        ):  # fmt: skip
-            if getattr(self, name) is not None:
-                choice(WHO, flag(name), getattr(self, name), known)
-        for check, names in _NUMBERS.items():
-            for name in names:
-                if getattr(self, name) is not None or _DEFAULTS[name] is not None:
-                    check(WHO, flag(name), getattr(self, name))
+        """Return the options, or raise an `ArgumentError` in terms of the command line."""
+        check_each(self)
         if self.period == 1:
-            raise wrong(WHO, "--period of at least 2", 1)
-        self._check_together()
+            raise wrong(self.WHO, "--period of at least 2", 1)
+        if self.structure == "low-rank" and self.rank is None:
+            do = "Pass --rank well below --hidden-dim."
+            raise wrong(self.WHO, "--rank with --structure low-rank", "none", do)
+        if self.structure == "triangular" and self.adjoint in ("shine", "unrolled"):
+            do = "A triangular equilibrium is one substitution: there are no iterations to unroll or to learn from."
+            raise wrong(self.WHO, "--adjoint exact or phantom with --structure triangular", self.adjoint, do)
+        if self.adjoint == "shine" and self.solver != "broyden":
+            do = "SHINE takes the inverse that Broyden's method ends with."
+            raise wrong(self.WHO, "--solver broyden with --adjoint shine", f"--solver {self.solver}", do)
         return self
 
-    def _check_together(self) -> None:
-        """An option that would have no effect is a mistake."""
-        for model, names in MODELS.items():
-            for name in names:
-                if name not in MODELS[self.model] and getattr(self, name) != _DEFAULTS[name]:
-                    raise wrong(
-                        WHO, f"{flag(name)} together with --model {model}", f"--model {self.model}",
-                        f"Leave out {flag(name)}.",
-                    )  # fmt: skip
-        low_rank = self.structure == "low-rank"
-        if low_rank and self.rank is None:
-            raise wrong(WHO, "--rank with --structure low-rank", "none", "Pass --rank well below --hidden-dim.")
-        for name, goes, partner in (
-            ("rank", low_rank, "--structure low-rank"),
-            ("constraint", self.structure == "dense", "--structure dense"),
-            ("damping", self.solver in ("picard", "anderson"), "--solver picard or anderson"),
-            ("memory", self.solver in ("anderson", "broyden"), "--solver anderson or broyden"),
-            ("period", self.solver == "aitken", "--solver aitken"),
-            ("phantom_steps", self.adjoint == "phantom", "--adjoint phantom"),
-            ("momentum", self.optimizer == "sgd", "--optimizer sgd"),
-            ("grad_solver", self.adjoint == "exact", "--adjoint exact"),
-            ("grad_tol", self.adjoint == "exact", "--adjoint exact"),
-            ("grad_max_steps", self.adjoint == "exact", "--adjoint exact"),
-        ):
-            if getattr(self, name) != _DEFAULTS[name] and not goes:
-                raise wrong(WHO, f"{flag(name)} together with {partner}", "it alone", f"Leave out {flag(name)}.")
-        if self.structure == "triangular" and self.adjoint in ("shine", "unrolled"):
-            raise wrong(
-                WHO, "--adjoint exact or phantom with --structure triangular", self.adjoint,
-                "A triangular equilibrium is one substitution: there are no iterations to unroll or to learn from.",
-            )  # fmt: skip
-        if self.adjoint == "shine" and self.solver != "broyden":
-            raise wrong(
-                WHO, "--solver broyden with --adjoint shine", f"--solver {self.solver}",
-                "SHINE takes the inverse that Broyden's method ends with.",
-            )  # fmt: skip
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimOptions:
+    """Options of `sim` that decide its outcome."""
+
+    WHO: ClassVar = "sim"
+
+    teacher: str = _data(
+        dataclasses.MISSING,
+        "Teacher: a run's folder, a .pt2 file of torch.export.save from a source you trust, or a .safetensors file.",
+    )
+    data: str = _data("digits", "Data set.", choices=NAMES)
+    root: str | None = _data(None, "Folder of the data sets. Default: $IMPLICITDL_DATA, or else 'data'.")
+    samples: int | None = _data(
+        None, "Training samples to match, drawn at random. Default: 2000, or all if there are fewer.",
+        check=positive_int,
+    )  # fmt: skip
+    seed: int = _data(0, "Seed of the draw of the samples.", check=non_negative_int)
+    split_seed: int | None = _data(
+        None, "Seed of the split of digits and of the held-out part. Default: that of the teacher's run, or 0.",
+        check=non_negative_int,
+    )  # fmt: skip
+    holdout: float = _data(
+        0.1, "Share of the training data held out for the accuracies of --path and --nonzeros.", check=open_unit
+    )
+    layers: str | None = _data(None, "Layer sizes of a .safetensors network, such as 784-64-10.")
+    activation: str = _data("relu", "Activation φ of the teacher.", choices=tuple(BUILTIN))
+    solver: str = _matching("admm", "Solver of the convex problem.", choices=SIM_SOLVERS)
+    lambda_z: float | None = _matching(None, "Penalty λ_z on the rows of (A, B).", check=non_negative)
+    lambda_y: float | None = _matching(None, "Penalty λ_y on the rows of (C, D).", check=non_negative)
+    rank: int | None = _matching(None, "Rank of A, with --solver low-rank.", check=positive_int)
+    regen_states: bool = _matching(
+        False, "Fit C and D to the states of the implicit model instead of the teacher's.", "--regen-states"
+    )
+    kappa: float = _matching(0.99, "Bound κ in (0, 1): ‖A‖∞ ≤ κ.", check=open_unit)
+    rescale: bool = _matching(True, "Scale the states so that the teacher is feasible.")
+    dtype: str = _matching("float32", "Precision of the computation.", choices=("float32", "float64"))
+    path: str | None = _sparsity(None, "Penalties λ_z of further, sparser models, such as 100,30,10.")
+    nonzeros: str | None = _sparsity(None, "Maximum numbers of nonzeros of further models, such as 500,2000.")
+    refit: bool = _sparsity(False, "Refit the further and the pruned models by least squares.", "--refit")
+
+    def check(self) -> SimOptions:
+        """Return the options, or raise an `ArgumentError` in terms of the command line."""
+        check_each(self)
+        given = [values for values in (self.lambdas(), self.counts()) if values is not None]
+        if self.refit and not given:
+            raise wrong(self.WHO, "--refit together with --path or --nonzeros", "it alone", "Leave out --refit.")
+        if len(given) > 1:
+            raise wrong(self.WHO, "--path or --nonzeros", "both", "Leave out one of them.")
+        return self
+
+    def lambdas(self) -> list[float] | None:
+        """λ_z of the further models; None without --path."""
+        return _numbers("--path", self.path, float, non_negative)
+
+    def counts(self) -> list[int] | None:
+        """Nonzeros of the further models; None without --nonzeros."""
+        return _numbers("--nonzeros", self.nonzeros, int, positive_int)
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifyOptions:
+    """Options of `certify`."""
+
+    WHO: ClassVar = "certify"
+
+    eps: list[float] | None = _proof(  # noqa: RUF009
+        None, "Radius around every pixel in [0, 1]. Repeat it for several. Default: 0.01, 0.05 and 0.1.",
+        check=non_negative,
+    )  # fmt: skip
+    samples: int = _proof(1000, "Number of test samples.", check=positive_int)
+    method: str = _proof("crown", "Method of the proof.", choices=("crown", "interval", "sensitivity"))
+    slope_steps: int = _proof(0, "Optimisation steps of the slopes of crown's lines.", check=non_negative_int)
+    rounds: int = _proof(0, "Number of times that crown refines its initial bounds.", check=non_negative_int)
+    attack_steps: int = _attack(20, "Steps of the PGD attack.", check=positive_int)
+    restarts: int = _attack(1, "Random starts of the attack.", check=positive_int)
+
+    def check(self) -> CertifyOptions:
+        """Return the options, or raise an `ArgumentError` in terms of the command line."""
+        check_each(self)
+        for name in ("slope_steps", "rounds"):
+            if getattr(self, name) and self.method != "crown":
+                expected = f"{flag(name)} with --method crown alone"
+                raise wrong(self.WHO, expected, f"--method {self.method}", "Leave it out.")
+        return self
 
 
 def flag(name: str) -> str:
@@ -188,21 +291,61 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the fields of `Options` as its first options, so that each is written down once."""
-    hints = get_type_hints(Options, include_extras=True)
-    own = inspect.signature(function, eval_str=True).parameters
-    parameters = [
+def check_each(options: Any) -> None:
+    """Raise an `ArgumentError` for the first option with a value that is not allowed, or that has no effect."""
+    fields = dataclasses.fields(options)
+    for field in fields:
+        value, choices, check = getattr(options, field.name), field.metadata["choices"], field.metadata["check"]
+        if value is None and field.default is None:
+            continue
+        if choices:
+            choice(options.WHO, flag(field.name), value, choices)
+        elif check is not None:
+            for number in value if isinstance(value, list) else [value]:
+                check(options.WHO, flag(field.name), number)
+    for field in fields:
+        for other, values in field.metadata["needs"].items():
+            if getattr(options, other) not in values and getattr(options, field.name) != field.default:
+                model = other == "model"  # the models share options, and one of them is always given
+                expected = f"{flag(field.name)} together with --{other} {values[0] if model else ' or '.join(values)}"
+                got = f"--model {options.model}" if model else "it alone"
+                raise wrong(options.WHO, expected, got, f"Leave out {flag(field.name)}.")
+
+
+def _numbers(
+    name: str, text: str | None, kind: Callable[[str], T], check: Callable[[str, str, Any], T]
+) -> list[T] | None:
+    if text is None:
+        return None
+    try:
+        return [check(SimOptions.WHO, name, kind(word)) for word in text.split(",")]
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        raise wrong(SimOptions.WHO, f"{name} with numbers such as 100,10,1", repr(text)) from error
+
+
+def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: add the fields of a dataclass of options to the parameters of a command, as keyword arguments."""
+    hints = get_type_hints(kind)
+    declared = [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=Annotated[hints[field.name], field.metadata["option"]],
         )
-        for field in dataclasses.fields(Options)
+        for field in dataclasses.fields(kind)
     ]
-    parameters += [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in own.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return function
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        command.__signature__ = inspect.Signature([*own, *declared])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *declared)}
+        return command
+
+    return decorate

@@ -22,8 +22,9 @@ from ..sim.states import place_of
 from ..statespace import StateSpace, from_module
 from ..statespace.matrices import count_nonzero
 from . import folder
+from .options import SimOptions
 
-WHO = "sim"
+WHO = SimOptions.WHO
 _ACTIVATIONS = {activation.name: kind for kind, activation in MODULES.items()}
 
 

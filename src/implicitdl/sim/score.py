@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._internal.errors import wrong
-from ..training.classes import is_integer, right
-from ..training.evaluate import evaluating, pair
+from ..training.evaluate import evaluating, is_integer, pair, right
 from .states import place_of
 
 

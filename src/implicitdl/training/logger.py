@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from .._internal import store
 from .._internal.errors import wrong
 from ..nn.pretrained import NotRebuiltError
-from .state import check_weights, of, set_weights, weights_of
+from .state import KIND, LAST, check_weights, of, set_weights, weights_of
 
-CSV, JSONL, BEST, LAST = "metrics.csv", "metrics.jsonl", "best", "last"
-WEIGHTS = "weights"
+CSV, JSONL, BEST = "metrics.csv", "metrics.jsonl", "best"
 
 Figure = bool | int | float | str | None
 Row = dict[str, Figure]
@@ -103,7 +102,8 @@ class Logger:
             save_weights(model, self.folder / BEST, row)
         self.rows.append(row)
         if self.folder is not None:
-            _append_row(self.folder, row, first=len(self.rows) == 1)
+            for name, text in _texts([row], head=len(self.rows) == 1).items():
+                store.append_to(self.folder / name, text.encode())
         if line is not None:
             print(line)
 
@@ -113,21 +113,18 @@ class Logger:
         On a small validation set accuracies tie often, and the first of them is an early, half-trained one.
         """
         value = _entry(row, metric)
-        if lower is None:
-            lower = "loss" in metric
         if not isinstance(value, (int, float)) or math.isnan(value):
             return False
-        held = None if self.best is None else self.best.get(metric)
+        held = (self.best or {}).get(metric)
         if isinstance(held, (int, float)):
-            tie = value == held and self._lower_loss(row)
-            if not tie and not (value < held if lower else value > held):
+            loss, held_loss = row.get("valid_loss"), (self.best or {}).get("valid_loss")
+            if value == held:
+                if not (isinstance(loss, (int, float)) and isinstance(held_loss, (int, float)) and loss < held_loss):
+                    return False
+            elif (value < held) != ("loss" in metric if lower is None else lower):
                 return False
         self.best = row
         return True
-
-    def _lower_loss(self, row: Row) -> bool:
-        loss, held = row.get("valid_loss"), (self.best or {}).get("valid_loss")
-        return isinstance(loss, (int, float)) and isinstance(held, (int, float)) and loss < held
 
     def _line(self, row: Row) -> str | None:
         if self.printstr is None:
@@ -136,10 +133,8 @@ class Logger:
         try:
             return self.printstr[0].format(*values)
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            do = f"Python's format says: {error}."
-            raise wrong(
-                "Logger", "a format string for " + ", ".join(self.printstr[1:]), self.printstr[0], do
-            ) from error
+            expected, do = "a format string for " + ", ".join(self.printstr[1:]), f"Python's format says: {error}."
+            raise wrong("Logger", expected, self.printstr[0], do) from error
 
 
 def refuse_run(who: str, folder: Path, do: str) -> None:
@@ -162,7 +157,7 @@ def save_weights(model: nn.Module, folder: Path, row: Row) -> None:
         except NotRebuiltError:
             pass
     tensors, rest = weights_of(model)
-    meta = {"kind": WEIGHTS, "model": type(model).__qualname__, "extra": rest, "row": _strict(row)}
+    meta = {"kind": "weights", "model": type(model).__qualname__, "extra": rest, "row": _strict(row)}
     store.save(folder, tensors, meta)
 
 
@@ -178,7 +173,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ArgumentError: the checkpoint of another model.
     """
     with store.opened(folder) as checkpoint:
-        prefix = "model." if checkpoint.meta.get("kind") == "training" else ""
+        prefix = "model." if checkpoint.meta.get("kind") == KIND else ""
         check_weights("load_weights", model, of(checkpoint.forms, prefix))
         tensors, extra = of(checkpoint.tensors(), prefix), checkpoint.meta.get("extra", {})
     set_weights("load_weights", model, tensors, extra)
@@ -186,29 +181,18 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Rewrite both files, each atomically."""
-    names = list(rows[0]) if rows else []
-    store.write_file(folder / CSV, "".join(_csv(line) for line in [names, *map(_cells, rows)] if names).encode())
-    store.write_file(folder / JSONL, "".join(map(_json, rows)).encode())
+    for name, text in _texts(rows).items():
+        store.write_file(folder / name, text.encode())
 
 
-def _append_row(folder: Path, row: Row, first: bool) -> None:
-    head = _csv(list(row)) if first else ""
-    for name, text in ((CSV, head + _csv(_cells(row))), (JSONL, _json(row))):
-        store.append_to(folder / name, text.encode())
-
-
-def _cells(row: Row) -> list[Any]:
-    return ["" if value is None else value for value in row.values()]
-
-
-def _csv(cells: list[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
-
-
-def _json(row: Row) -> str:
-    return json.dumps(_strict(row), allow_nan=False) + "\n"
+def _texts(rows: Sequence[Row], head: bool = True) -> dict[str, str]:
+    """The rows as CSV, with the names of the columns before them, and as JSON lines."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    if rows and head:
+        writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)  # None is an empty cell
+    return {CSV: table.getvalue(), JSONL: "".join(json.dumps(_strict(row), allow_nan=False) + "\n" for row in rows)}
 
 
 def _strict(row: Row) -> Row:

@@ -1,9 +1,12 @@
-"""The public function: check the arguments, open the run, go through its epochs."""
+"""The training loop: `train` opens a run, and goes through its epochs."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,18 +14,30 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .._internal import store
-from .._internal.errors import choice, non_negative_int, positive, positive_int, wrong
-from .epoch import Epochs, verdict
-from .evaluate import Loss, length_of
-from .logger import Logger
-from .meter import Metric
-from .processes import Device, Precision, Processes, borrowed_streams, draw_seed, processes
-from .progress import Bar, Board
-from .run import Run, check_parameters, has_checkpoint, run_folder
+from .._internal.errors import choice, extra, non_negative_int, positive, positive_int, wrong
+from ..solution import ImplicitFunctionWarning
+from .evaluate import Forward, Loss, Metric, Metrics, evaluating, on_device
+from .logger import BEST, LAST, Logger, Row, refuse_run, save_weights, write_rows
+from .processes import Device, Precision, epoch_batches, processes, seed_loader, share
+from .state import TrainState
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Seconds between two looks at the figures: every look waits for the device, and an eye follows a few a second.
+_PAUSE = 0.25
+# The figures of the bar and of an epoch's line.
+_WORDS = {
+    "loss": "loss {:.4f}",
+    "acc": "acc {:.2%}",
+    "valid_loss": "valid loss {:.4f}",
+    "valid_acc": "valid acc {:.2%}",
+    "forward_steps": "forward {:.1f}",
+    "backward_steps": "backward {:.1f}",
+    "missed": "missed {:.2%}",
+}
 
 
 def train(
@@ -116,58 +131,185 @@ def train(
         >>> len(logger.rows), logger.best["valid_acc"] > 0.9
         (9, True)
     """
+    if not isinstance(dirname, (str, os.PathLike)) or not os.fspath(dirname):
+        raise wrong("train", "dirname to be a path", repr(dirname), "Name the folder of this run.")
+    folder = Path(dirname)
     epochs = positive_int("train", "epochs", epochs)
     choice("train", "scheduler_step", scheduler_step, ("epoch", "batch"))
-    if clip_grad_norm is not None:
-        clip_grad_norm = positive("train", "clip_grad_norm", clip_grad_norm)
+    clip = None if clip_grad_norm is None else positive("train", "clip_grad_norm", clip_grad_norm)
     if seed is not None:
         seed = non_negative_int("train", "seed", seed)
     for name, loader in (("train_dl", train_dl), ("valid_dl", valid_dl)):
-        if length_of(loader) == 0:
+        if _length(loader) == 0:
             raise wrong("train", f"{name} with batches", "an empty one", "Check the data set and drop_last.")
     if isinstance(opt, torch.optim.LBFGS):
         raise wrong("train", "an optimizer that steps without a closure", "LBFGS", "Use Adam or SGD.")
-    check_parameters(model, opt)
     if getattr(scheduler, "optimizer", opt) is not opt:
         raise wrong("train", "a scheduler of opt", "one of another optimizer", "Build it with opt.")
-    folder = run_folder(dirname)
-    drawn = draw_seed() if seed is None else seed
-    with processes(device, mixed_precision) as place, borrowed_streams(place.device), _owner(folder, place):
-        going_on = has_checkpoint(folder, resume)
-        model.to(place.device)
-        run = Run(folder, model, opt, scheduler, place.scaler, place.agree(drawn))
+    parameters = [parameter for group in opt.param_groups for parameter in group["params"]]
+    if strange := len({*parameters} - {*model.parameters()}):  # a checkpoint holds the model's, and would lose it
+        expected, do = "an optimizer over the model's parameters", "Build it with model.parameters()"
+        got = f"{strange} of {len(parameters)} that the model does not have"
+        raise wrong("train", expected, got, f"{do}; a loss with weights goes into the model.")
+    # One number from torch's global stream, so that torch.manual_seed decides it.
+    drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+
+    with contextlib.ExitStack() as opened:
+        # The run: where it computes, its folder, its state, and its record.
+        accelerator, place = opened.enter_context(processes(device, mixed_precision))
+        main, several = accelerator.is_main_process, accelerator.num_processes > 1
+        if main:
+            opened.enter_context(store.owned(folder))
+        going_on = resume and store.exists(folder / LAST)
+        if not going_on:  # A run writes `last` first: figures or a `best` without it belong to something else.
+            do = f"It has no '{LAST}' to resume: give" if resume else "Pass resume=True to go on with it, or"
+            refuse_run("train", folder, f"{do} another dirname.")
+        model.to(place)
+        shared = torch.tensor(drawn, device=place)
+        if several:
+            torch.distributed.broadcast(shared, 0)  # the main process's seed
+        state = TrainState(folder, model, opt, scheduler, accelerator.scaler, int(shared))
         if going_on:
-            run.restore(seed, epochs)
-        place.wait()  # Nobody writes before everybody has looked.
-        if place.main and not going_on:
-            run.save()
-        logger = Logger(dir_name=folder if place.main else None, rows=run.rows)
-        for row in run.rows:
-            logger.judge(row, *verdict(row))
-        forward, alone = place.wrap(model)
-        shown = progress and place.main
-        with Board(folder if place.main else None, run.done) as board, Bar(epochs, shown) as bar:
-            loop = Epochs(
-                run=run,
-                place=place,
-                forward=forward,
-                alone=alone,
-                train_dl=place.share(train_dl, even=True),
-                valid_dl=place.share(valid_dl, even=False),
-                loss_fn=loss_fn,
-                metric=metric,
-                clip=clip_grad_norm,
-                every_batch=scheduler_step == "batch",
-                logger=logger,
-                board=board,
-                bar=bar,
+            state.restore(seed, epochs)
+        accelerator.wait_for_everyone()  # Nobody writes before everybody has looked.
+        if main and not going_on:
+            state.save()
+        logger = Logger(dir_name=folder if main else None, rows=state.rows)
+        state.rows = logger.rows
+        for row in logger.rows:
+            logger.judge(row, "valid_loss" if row["valid_acc"] is None else "valid_acc")
+        # Training averages the gradients of the processes. Validation does without, as they may have fewer batches.
+        alone = Forward(model)
+        forward = accelerator.prepare_model(alone)
+        train_dl, valid_dl = share(accelerator, train_dl, even=True), share(accelerator, valid_dl, even=False)
+        board = opened.enter_context(_tensorboard(folder if main else None, len(logger.rows)))
+        bar = opened.enter_context(_progress_bar(progress and main))
+        scaler = accelerator.scaler or torch.amp.GradScaler(place.type, enabled=False)
+        plateau = isinstance(scheduler, ReduceLROnPlateau)
+
+        for epoch in range(len(logger.rows) + 1, epochs + 1):
+            advice = (
+                "Lower the learning rate, clip the gradient (clip_grad_norm=1.0) or check the data; "
+                f"{epoch - 1} epochs are kept in '{folder / LAST}'."
             )
-            while run.done < epochs:
-                loop.epoch(run.done + 1)
-        place.wait()
+            with warnings.catch_warnings():
+                # A solve that missed its tolerance is warned of once an epoch, below, and not once a batch.
+                warnings.simplefilter("ignore", ImplicitFunctionWarning)
+
+                # Train.
+                model.train()
+                opt.zero_grad()
+                task = bar.add_task(f"epoch {epoch}/{epochs}", total=_length(train_dl), figures="") if bar else None
+                look = time.monotonic() + _PAUSE
+                metrics = Metrics("train", loss_fn, metric, f"epoch {epoch}", advice)
+                with metrics:
+                    batches = epoch_batches(train_dl, state.seed, epoch, accelerator.process_index)
+                    for done, batch in enumerate(batches, start=1):
+                        inputs, target = on_device("train", batch, place)
+                        loss = metrics.loss(forward(inputs), target)
+                        scaler.scale(loss).backward()
+                        if clip is not None:
+                            scaler.unscale_(opt)
+                            nn.utils.clip_grad_norm_(parameters, clip)
+                        scale = scaler.get_scale()
+                        scaler.step(opt)
+                        scaler.update()
+                        opt.zero_grad()
+                        # The scale shrinks when the gradient overflowed and no step was taken.
+                        if scheduler is not None and scheduler_step == "batch" and scaler.get_scale() >= scale:
+                            scheduler.step(*[loss.detach()] if plateau else [])
+                        if time.monotonic() >= look:
+                            figures = metrics.figures()
+                            if bar:
+                                bar.update(task, completed=done, figures=_words(figures), refresh=True)
+                            look = time.monotonic() + _PAUSE
+                row = {"epoch": epoch, **metrics.means("train_dl", place if several else None)}
+
+                # Validate.
+                if several:  # Batch statistics differ, and the main process's are saved.
+                    for buffer in model.buffers():
+                        torch.distributed.broadcast(buffer, 0)
+                metrics = Metrics("train", loss_fn, metric, f"the validation of epoch {epoch}", advice)
+                with metrics, evaluating(model):
+                    seed_loader(valid_dl, state.seed, epoch)  # its own generator would be elsewhere after a resume
+                    for batch in valid_dl:
+                        inputs, target = on_device("train", batch, place)
+                        metrics.loss(alone(inputs), target)
+                found = metrics.means("valid_dl", place if several else None)
+            row |= {"valid_loss": found["loss"], "valid_acc": found["acc"]}
+            row |= {"valid_steps": found["forward_steps"], "valid_missed": found["missed"]}
+            row["lr"] = float(opt.param_groups[0]["lr"])
+            if scheduler is not None and scheduler_step == "epoch":
+                scheduler.step(*[row["valid_loss"]] if plateau else [])
+
+            # Keep. The best first: after a kill between the two, `last` leads to the epoch that writes it again.
+            logger.rows.append(row)
+            best = logger.judge(row, "valid_loss" if row["valid_acc"] is None else "valid_acc")
+            if main:
+                if best:
+                    save_weights(model, folder / BEST, row)
+                state.save()
+                write_rows(folder, logger.rows)
+            if board:
+                for name, value in row.items():
+                    if name != "epoch" and value is not None:
+                        board.add_scalar(name, value, epoch)
+                board.flush()
+            if bar:
+                bar.remove_task(task)
+                bar.console.print(f"epoch {epoch}/{epochs}  {_words(row)}")
+            if row["missed"] or row["valid_missed"]:
+                warnings.warn(
+                    f"train: in epoch {epoch} {row['missed'] or 0:.2%} of the solves in training and "
+                    f"{row['valid_missed'] or 0:.2%} in validation did not reach the tolerance. "
+                    "Raise max_steps, or check that the map is a contraction.",
+                    ImplicitFunctionWarning,
+                    stacklevel=2,
+                )
+        accelerator.wait_for_everyone()
     model.train()
     return model, logger
 
 
-def _owner(folder: Path, place: Processes) -> contextlib.AbstractContextManager[None]:
-    return store.owned(folder) if place.main else contextlib.nullcontext()
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a generator, or a loader of an iterable data set
+        return None
+
+
+def _words(row: Row) -> str:
+    """The figures that are there, in one line."""
+    return "  ".join(form.format(row[name]) for name, form in _WORDS.items() if row.get(name) is not None)
+
+
+def _progress_bar(shown: bool) -> contextlib.AbstractContextManager[Any]:
+    """rich's bar of the running epoch; where there is no terminal, it only prints the line of a finished one."""
+    if not shown:
+        return contextlib.nullcontext()
+    rich = extra("rich.progress", "train")
+    console = extra("rich.console", "train").Console(highlight=False, soft_wrap=True)
+    # No thread of its own: it would run beside autograd's and redraw figures that have not changed.
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=20),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[figures]}"),
+        rich.TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _tensorboard(folder: Path | None, done: int) -> contextlib.AbstractContextManager[Any]:
+    """TensorBoard's writer, where it is installed. Curves of epochs that a killed run began and this one does again
+    are dropped.
+    """
+    if folder is None or importlib.util.find_spec("tensorboard") is None:
+        return contextlib.nullcontext()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its own imports deprecate is not our user's business
+        writer = extra("torch.utils.tensorboard", "train").SummaryWriter
+    return contextlib.closing(writer(str(folder / "tensorboard"), purge_step=done + 1))

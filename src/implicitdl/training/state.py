@@ -1,24 +1,128 @@
-"""State dictionaries as named tensors plus JSON: what an optimiser, a scheduler or a module keeps."""
+"""The state of a run on disk: named tensors, and JSON for the rest of what an optimizer or a scheduler keeps."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .._internal import store
 from .._internal.errors import wrong
 from .._internal.store import Form, quoted
 
 T = TypeVar("T")
 
+LAST, KIND = "last", "training"
 # What JSON cannot say by itself is said by an object with one of these as its only key.
-_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = "$tensor", "$tuple", "$float", "$dict", "$counter"
-_TAGS = {_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER}
+_TENSOR, _TUPLE, _FLOAT, _DICT, _COUNTER = _TAGS = ("$tensor", "$tuple", "$float", "$dict", "$counter")
+
+
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    """What is saved beside the tensors."""
+
+    kind: str
+    epoch: int
+    seed: int
+    classes: dict[str, str | None]
+    groups: list[list[str]]
+    states: dict[str, Any]
+    extra: dict[str, Any]
+    rows: list[Any]
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint of a run holds: the states of four objects, the seed, and the rows so far."""
+
+    folder: Path
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any
+    scaler: Any
+    seed: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Write ``last``: after this, a kill costs nothing that came before."""
+        weights, extra = weights_of(self.model)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        meta = _Meta(
+            kind=KIND,
+            epoch=len(self.rows),
+            seed=self.seed,
+            classes=self._classes(),
+            groups=self._groups(),
+            states={name: pack(part.state_dict(), name, tensors) for name, part in self._parts().items()},
+            extra=extra,
+            rows=pack(self.rows, "rows", tensors),
+        )
+        store.save(self.folder / LAST, tensors, msgspec.structs.asdict(meta))
+
+    def restore(self, seed: int | None, epochs: int) -> None:
+        """Take up what ``last`` holds, or change nothing and say why not.
+
+        Arguments:
+            seed: what the caller asked for; None takes the run's.
+            epochs: how many the caller wants in all.
+        """
+        who = f"train(resume) of '{self.folder}'"
+        with store.opened(self.folder / LAST, kind=KIND) as checkpoint:
+            try:
+                meta = msgspec.convert(checkpoint.meta, _Meta)
+            except ValueError as error:
+                do = "It is damaged, or of another version: take a copy of the run."
+                raise checkpoint.wrong("the state of a run", f"another ({quoted(str(error), 200)})", do) from error
+            self._check(who, of(checkpoint.forms, "model."), meta, seed, epochs)
+            tensors = checkpoint.tensors()
+        states = {name: unpacked(who, meta.states.get(name), tensors, name) for name in self._parts()}
+        rows = unpacked(who, meta.rows, tensors, "rows")
+        for name, part in self._parts().items():
+            try:
+                part.load_state_dict(states[name])
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                reason = quoted(str(error), 200)
+                raise checkpoint.wrong(f"a state that this {name} takes", f"another ({reason})") from error
+        set_weights(who, self.model, of(tensors, "model."), meta.extra)
+        self.seed, self.rows = meta.seed, rows
+
+    def _check(self, who: str, weights: dict[str, Form], meta: _Meta, seed: int | None, epochs: int) -> None:
+        do = "Resume with what the run was started with, or start another run in another dirname."
+        own = self._classes()
+        for part, saved in meta.classes.items():
+            if own.get(part) != saved:
+                raise wrong(who, f"{part} {saved}", own.get(part), do)
+        check_weights(who, self.model, weights)
+        if self._groups() != meta.groups:
+            mine, theirs = (" | ".join(map(" ".join, groups)) for groups in (self._groups(), meta.groups))
+            raise wrong(who, f"an optimizer over {theirs}", mine, do)
+        if seed is not None and seed != meta.seed:
+            raise wrong(who, f"seed={meta.seed}", seed, "Leave the seed out, or start another run.")
+        if epochs < meta.epoch:
+            done = f"epochs ≥ {meta.epoch}, which are done"
+            raise wrong(who, done, epochs, "Its weights are in 'last' and 'best'.")
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _classes(self) -> dict[str, str | None]:
+        names = ("model", "optimizer", "scheduler", "scaler")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: None if part is None else type(part).__qualname__ for name, part in parts.items()}
+
+    def _groups(self) -> list[list[str]]:
+        """The names of the parameters in each group: an optimizer's state knows them by position only."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -26,16 +130,14 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
     Arguments:
         value: a tensor, number, text, None, or a list, tuple, dict or Counter of such, nested.
-        path: the name of `value`, such as "optimizer"; its tensors are named "optimizer.state.0.exp_avg" and
-            so on.
+        path: the name of `value`, such as "optimizer"; its tensors are named "optimizer.state.0.exp_avg" and so on.
         tensors: filled.
 
     Returns:
         The JSON value, from which `unpack` makes an equal one.
 
     Raises:
-        ArgumentError: something in it is of another kind (a function, an object), which only a pickle could
-            keep.
+        ArgumentError: something in it is of another kind (a function, an object), which only a pickle could keep.
 
     Example:
         >>> tensors = {}
@@ -63,24 +165,20 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         items = [[pack(k, path, {}), pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]
         if isinstance(value, Counter):
             return {_COUNTER: items}
-        plain = all(isinstance(key, str) for key in value) and not _TAGS & value.keys()
+        plain = all(isinstance(key, str) and key not in _TAGS for key in value)
         return dict(items) if plain else {_DICT: items}
-    raise wrong(
-        "train",
-        f"tensors, numbers, text, lists and dicts in the state of {path}",
-        f"a {type(value).__name__}",
-        "Only a pickle could keep it, and pickles are not used: drop it from the state_dict.",
-    )
+    expected = f"tensors, numbers, text, lists and dicts in the state of {path}"
+    do = "Only a pickle could keep it, and pickles are not used: drop it from the state_dict."
+    raise wrong("train", expected, f"a {type(value).__name__}", do)
 
 
 def unpacked(who: str, packed: Any, tensors: Mapping[str, Tensor], what: str) -> Any:
-    """The same as `unpack`, for what comes from a file."""
+    """`unpack` of what a file holds, which may be damaged."""
     try:
         return unpack(packed, tensors)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        reason = quoted(str(error))
         do = "The checkpoint is damaged: copy it again, or take another one."
-        raise wrong(who, f"the state of {what} as it is saved", f"another ({reason})", do) from error
+        raise wrong(who, f"the state of {what} as it is saved", f"another ({quoted(str(error))})", do) from error
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
