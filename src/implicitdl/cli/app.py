@@ -9,8 +9,8 @@ import typer
 
 from .options import CertifyOptions, Options, SimOptions, with_options
 
-# typer ships its own copy of click from 0.26 on, and uses the installed one before.
-UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+# BadParameter < UsageError < ClickException, of the copy of click that this version of typer uses.
+UsageError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     add_completion=False,
@@ -55,10 +55,10 @@ def train(
     **fields: Any,
 ) -> None:
     """Train a model, keep the best epoch on held-out training data, and test that one."""
-    from . import train as work
-
     sources = {name: ctx.get_parameter_source(name) for name in fields}
     given = {name: fields[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    from . import train as work
+
     work.run(Options(**fields), given, out=out, resume=resume, device=device, threads=threads)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -54,11 +53,6 @@ _SOLVERS: dict[str, type[solvers.Solver]] = {
 }
 # More threads do not help, and a hundred thousand end the process when the first of them is started.
 _MOST_THREADS = 1024
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints and writes, of those that torchrun launched."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def place(who: str, name: str | None, threads: int | None = None) -> torch.device:
@@ -124,6 +118,11 @@ def model(options: Options, shape: Sequence[int], output_dim: int) -> Model:
         return deq
     finally:
         torch.set_default_dtype(before)
+
+
+def count(model: Model) -> str:
+    """The number of parameters, in words."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
 
 
 def sizes(model: Model) -> str:

@@ -22,7 +22,7 @@ from .._internal import store
 from .._internal.errors import ArgumentError, wrong
 from ..nn import ImplicitModel, schema
 from ..training.logger import BEST, JSONL, LAST, refuse_run
-from .build import CLASSES, Model, is_main_process
+from .build import CLASSES, Model
 from .options import Options, flag
 
 T = TypeVar("T")
@@ -50,6 +50,11 @@ def new(options: Options, out: str | None) -> Path:
         raise wrong(Options.WHO, f"a folder without a run in '{folder}'", f"one with {SIM}", "Name another --out.")
     refuse_run(Options.WHO, folder, "Pass --resume to go on with it, or another --out.")
     return folder
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes, of those that torchrun launched."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_sim(folder: Path) -> bool:

@@ -31,7 +31,7 @@ def run(run: str) -> None:
             "missed": f"{best['missed'] or 0:.3%} of the solves in training",
         }
     facts["model"], facts["sizes"] = type(model).__name__, build.sizes(model)
-    facts["parameters"] = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    facts["parameters"] = build.count(model)
     if isinstance(model, ImplicitModel):
         facts |= _facts_of_matrices(model)
     way = backend()

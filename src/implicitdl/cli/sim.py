@@ -56,7 +56,7 @@ def run(options: SimOptions, *, out: str | None, device: str | None, threads: in
     """
     solver = _solver(options)
     place = build.place(WHO, device, threads)
-    main_process = build.is_main_process()
+    main_process = folder.is_main_process()
     where = _new_folder(options, out) if main_process else None
     model = teacher.load(options.teacher, options.layers, options.activation).to(place)
     options, data = _settled(options)

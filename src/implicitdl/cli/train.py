@@ -47,15 +47,16 @@ def run(
         u, y = data.train_ds[0]
         F.cross_entropy(model(u.unsqueeze(0)), torch.tensor([y], dtype=torch.int64, device=u.device)).backward()
         model.zero_grad()
-    main_process = build.is_main_process()
+    main_process = folder.is_main_process()
     if main_process:
         sizes = f"{len(data.train_ds):,} to train on, {len(data.valid_ds):,} held out"
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{options.data}: {sizes}, {len(data.test_ds):,} to test on")
-        print(f"{type(model).__name__}: {build.sizes(model)}, {parameters:,} parameters\nrun: {dirname}", flush=True)
+        print(f"{type(model).__name__}: {build.sizes(model)}, {build.count(model)} parameters")
+        print(f"run: {dirname}", flush=True)
     opt = build.optimizer(options, model.parameters())
     steps = options.epochs * math.ceil(len(data.train_dl) / int(os.environ.get("WORLD_SIZE", "1")))
-    schedule = build.Schedule(options.schedule, steps, options.warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, build.Schedule(options.schedule, steps, options.warmup))
+    loss_fn = build.loss(options, model)
     try:
         claim = folder.claim(dirname, folder.FILE, options, folder.LAST, model=pretrained.config(model))
         with claim if main_process else contextlib.nullcontext():
@@ -64,11 +65,11 @@ def run(
                 data.train_dl,
                 data.valid_dl,
                 opt,
-                build.loss(options, model),
+                loss_fn,
                 options.epochs,
                 dirname,
                 device,
-                scheduler=torch.optim.lr_scheduler.LambdaLR(opt, schedule),
+                scheduler=schedule,
                 scheduler_step="batch",
                 clip_grad_norm=options.clip,
                 mixed_precision=options.precision,  # type: ignore[arg-type]

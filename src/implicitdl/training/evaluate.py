@@ -321,8 +321,8 @@ def is_integer(labels: Tensor) -> bool:
 def _drain(solves: list[Figures], into: list[int]) -> None:
     """Add up a monitor's figures and let them go: an epoch of them is not kept."""
     if solves:
-        steps = torch.cat([figures.steps.reshape(-1) for figures in solves])
-        converged = torch.cat([figures.converged.reshape(-1) for figures in solves])
+        samples = [(figures.steps.reshape(-1), figures.converged.reshape(-1)) for figures in solves]
+        steps, converged = map(torch.cat, zip(*samples, strict=True))
         solves.clear()
         into[0] += int(steps.sum())
         into[1] += steps.numel()

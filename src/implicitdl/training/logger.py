@@ -1,12 +1,15 @@
-"""The record of a run: a row of figures at a time, as CSV and JSON lines, and the best weights by one."""
+"""The record of a run: its figures as CSV, JSON lines, curves of TensorBoard and lines on the console; its weights."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,21 @@ import numpy as np
 from torch import Tensor, nn
 
 from .._internal import store
-from .._internal.errors import wrong
+from .._internal.errors import extra, wrong
 from ..nn.pretrained import NotRebuiltError
 from .state import KIND, LAST, check_weights, of, set_weights, weights_of
 
 CSV, JSONL, BEST = "metrics.csv", "metrics.jsonl", "best"
+# The figures of the bar and of an epoch's line.
+_WORDS = {
+    "loss": "loss {:.4f}",
+    "acc": "acc {:.2%}",
+    "valid_loss": "valid loss {:.4f}",
+    "valid_acc": "valid acc {:.2%}",
+    "forward_steps": "forward {:.1f}",
+    "backward_steps": "backward {:.1f}",
+    "missed": "missed {:.2%}",
+}
 
 Figure = bool | int | float | str | None
 Row = dict[str, Figure]
@@ -215,3 +228,40 @@ def _plain(name: str, value: Any) -> Figure:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise wrong("Logger", f"'{name}' to be one number", got, "Reduce it first.")
+
+
+def in_words(row: Row) -> str:
+    """The figures that are there, in one line."""
+    return "  ".join(form.format(row[name]) for name, form in _WORDS.items() if row.get(name) is not None)
+
+
+def progress_bar(shown: bool) -> contextlib.AbstractContextManager[Any]:
+    """rich's bar of the running epoch; where there is no terminal, it only prints the line of a finished one."""
+    if not shown:
+        return contextlib.nullcontext()
+    rich = extra("rich.progress", "train")
+    console = extra("rich.console", "train").Console(highlight=False, soft_wrap=True)
+    # No thread of its own: it would run beside autograd's and redraw figures that have not changed.
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=20),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[figures]}"),
+        rich.TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def tensorboard(folder: Path | None, done: int) -> contextlib.AbstractContextManager[Any]:
+    """TensorBoard's writer, where it is installed. Curves of epochs that a killed run began and this one does again
+    are dropped.
+    """
+    if folder is None or importlib.util.find_spec("tensorboard") is None:
+        return contextlib.nullcontext()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its own imports deprecate is not our user's business
+        writer = extra("torch.utils.tensorboard", "train").SummaryWriter
+    return contextlib.closing(writer(str(folder / "tensorboard"), purge_step=done + 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
 import warnings
@@ -17,10 +16,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .._internal import store
-from .._internal.errors import choice, extra, non_negative_int, positive, positive_int, wrong
+from .._internal.errors import choice, non_negative_int, positive, positive_int, wrong
 from ..solution import ImplicitFunctionWarning
 from .evaluate import Forward, Loss, Metric, Metrics, evaluating, on_device
-from .logger import BEST, LAST, Logger, Row, refuse_run, save_weights, write_rows
+from .logger import (
+    BEST,
+    LAST,
+    Logger,
+    in_words,
+    progress_bar,
+    refuse_run,
+    save_weights,
+    tensorboard,
+    write_rows,
+)
 from .processes import Device, Precision, epoch_batches, processes, seed_loader, share
 from .state import TrainState
 
@@ -28,16 +37,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Seconds between two looks at the figures: every look waits for the device, and an eye follows a few a second.
 _PAUSE = 0.25
-# The figures of the bar and of an epoch's line.
-_WORDS = {
-    "loss": "loss {:.4f}",
-    "acc": "acc {:.2%}",
-    "valid_loss": "valid loss {:.4f}",
-    "valid_acc": "valid acc {:.2%}",
-    "forward_steps": "forward {:.1f}",
-    "backward_steps": "backward {:.1f}",
-    "missed": "missed {:.2%}",
-}
 
 
 def train(
@@ -178,12 +177,12 @@ def train(
         state.rows = logger.rows
         for row in logger.rows:
             logger.judge(row, "valid_loss" if row["valid_acc"] is None else "valid_acc")
+        board = opened.enter_context(tensorboard(folder if main else None, len(logger.rows)))
+        bar = opened.enter_context(progress_bar(progress and main))
+        train_dl, valid_dl = share(accelerator, train_dl, even=True), share(accelerator, valid_dl, even=False)
         # Training averages the gradients of the processes. Validation does without, as they may have fewer batches.
         alone = Forward(model)
         forward = accelerator.prepare_model(alone)
-        train_dl, valid_dl = share(accelerator, train_dl, even=True), share(accelerator, valid_dl, even=False)
-        board = opened.enter_context(_tensorboard(folder if main else None, len(logger.rows)))
-        bar = opened.enter_context(_progress_bar(progress and main))
         scaler = accelerator.scaler or torch.amp.GradScaler(place.type, enabled=False)
         plateau = isinstance(scheduler, ReduceLROnPlateau)
 
@@ -221,7 +220,7 @@ def train(
                         if time.monotonic() >= look:
                             figures = metrics.figures()
                             if bar:
-                                bar.update(task, completed=done, figures=_words(figures), refresh=True)
+                                bar.update(task, completed=done, figures=in_words(figures), refresh=True)
                             look = time.monotonic() + _PAUSE
                 row = {"epoch": epoch, **metrics.means("train_dl", place if several else None)}
 
@@ -257,7 +256,7 @@ def train(
                 board.flush()
             if bar:
                 bar.remove_task(task)
-                bar.console.print(f"epoch {epoch}/{epochs}  {_words(row)}")
+                bar.console.print(f"epoch {epoch}/{epochs}  {in_words(row)}")
             if row["missed"] or row["valid_missed"]:
                 warnings.warn(
                     f"train: in epoch {epoch} {row['missed'] or 0:.2%} of the solves in training and "
@@ -276,40 +275,3 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except TypeError:  # a generator, or a loader of an iterable data set
         return None
-
-
-def _words(row: Row) -> str:
-    """The figures that are there, in one line."""
-    return "  ".join(form.format(row[name]) for name, form in _WORDS.items() if row.get(name) is not None)
-
-
-def _progress_bar(shown: bool) -> contextlib.AbstractContextManager[Any]:
-    """rich's bar of the running epoch; where there is no terminal, it only prints the line of a finished one."""
-    if not shown:
-        return contextlib.nullcontext()
-    rich = extra("rich.progress", "train")
-    console = extra("rich.console", "train").Console(highlight=False, soft_wrap=True)
-    # No thread of its own: it would run beside autograd's and redraw figures that have not changed.
-    return rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(bar_width=20),
-        rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.fields[figures]}"),
-        rich.TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _tensorboard(folder: Path | None, done: int) -> contextlib.AbstractContextManager[Any]:
-    """TensorBoard's writer, where it is installed. Curves of epochs that a killed run began and this one does again
-    are dropped.
-    """
-    if folder is None or importlib.util.find_spec("tensorboard") is None:
-        return contextlib.nullcontext()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its own imports deprecate is not our user's business
-        writer = extra("torch.utils.tensorboard", "train").SummaryWriter
-    return contextlib.closing(writer(str(folder / "tensorboard"), purge_step=done + 1))
