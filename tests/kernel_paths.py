@@ -8,18 +8,13 @@ from unittest import mock
 
 import torch
 
-from implicitdl.kernels import anderson, build, pull, rows, sweeps
+from implicitdl.kernels import anderson, loops
 
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
     """As on a machine without a compiler."""
-    with (
-        mock.patch.object(sweeps, "library", return_value=None),
-        mock.patch.object(rows, "_typed", return_value=None),
-        mock.patch.object(pull, "_typed", return_value=None),
-        mock.patch.object(anderson, "library", return_value=None),
-    ):
+    with mock.patch.object(loops, "loops", return_value=None), mock.patch.object(anderson, "loops", return_value=None):
         yield
 
 
@@ -29,7 +24,7 @@ def threads(count: int) -> Iterator[None]:
     torch.set_num_threads(count)
     try:
         # From the first multiplication on.
-        with mock.patch.object(build, "_WORTH_A_THREAD", 1):
+        with mock.patch.object(loops, "_WORTH_A_THREAD", 1):
             yield
     finally:
         torch.set_num_threads(before)

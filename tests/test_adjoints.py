@@ -23,7 +23,7 @@ from implicitdl import (
 )
 from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
-from implicitdl.testing.checks import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
+from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
 
 
 @pytest.mark.float64

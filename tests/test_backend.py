@@ -19,7 +19,7 @@ MISSING = BuildError("no C compiler was found", "Install gcc or clang")
 
 def found(kernels: dict[torch.dtype, Kernel | BuildError]) -> implicitdl.Backend:
     with (
-        mock.patch.object(backend, "find", lambda name, dtype: kernels[dtype]),
+        mock.patch.object(backend, "find", lambda dtype: kernels[dtype]),
         mock.patch.object(backend, "switched_off", return_value=False),
     ):
         return implicitdl.backend()

@@ -152,7 +152,7 @@ def test_substitution_is_exact_however_much_its_solution_grows():
 
 def status(f, solver, x0=0.0):
     outcome = fixed_point(f, torch.full((1, 2), x0), solver=solver, on_failure="ignore")
-    return Status(int(outcome.figures.status))
+    return Status(int(outcome.stats.status))
 
 
 def test_the_status_says_why_a_row_ended():

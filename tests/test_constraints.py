@@ -16,7 +16,7 @@ from implicitdl.constraints import (
     SoftRowScaling,
     StrictlyUpper,
 )
-from implicitdl.testing.checks import CONSTRAINTS, check_constraint
+from implicitdl.testing import CONSTRAINTS, check_constraint
 
 BALLS = [RowScaling(kappa=0.9), RowProjection(kappa=0.9), SoftRowScaling(kappa=0.9)]
 

@@ -26,16 +26,16 @@ from implicitdl import Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Soluti
 from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from implicitdl.constraints import RowScaling, Unconstrained
-from implicitdl.equations.linear_maps import EquilibriumAdjoint
-from implicitdl.equations.weights import row_scale
-from implicitdl.kernels import build, rows, sweeps
+from implicitdl.equations.equilibrium import EquilibriumAdjoint
+from implicitdl.equations.scaling import row_scale
+from implicitdl.kernels import build, loops
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import aitken
 from kernel_paths import threads, torch_alone
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler"),
+    pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler"),
 ]
 
 PHI = [RELU, LEAKY_RELU, IDENTITY, HARDTANH]
@@ -165,7 +165,7 @@ class TestSolutions:
         exact = torch.linalg.solve(matrices, g.double())
         # ‖v − v*‖ ≤ ‖(I − Jᵀ)⁻¹‖ ‖f(v) − v‖.
         amplified = 2 * RTOL[problem.dtype] * torch.linalg.matrix_norm(torch.linalg.inv(matrices), 2)
-        assert outcome.figures.converged.all()
+        assert outcome.stats.converged.all()
         error = (outcome.x.double() - exact).norm(dim=1) / exact.norm(dim=1)
         assert (error <= amplified).all()
 
@@ -603,7 +603,7 @@ class TestThreadsAndProcesses:
 
     def test_memory_that_is_not_there_leaves_the_work_to_torch(self):
         f = Equilibrium(contraction(5, 0.8), torch.randn(3, 5))
-        with mock.patch.object(sweeps, "library", return_value=mock.Mock(solve=lambda _: -1)):
+        with mock.patch.object(loops, "loops", return_value=mock.Mock(solve=lambda _: -1)):
             assert torch.allclose(solve(f).value, solve(f).value)
             assert solve(f).converged.all()
 
@@ -669,11 +669,11 @@ class TestRowScaling:
     def test_all_finite(self, dtype):
         for count in (1, 7, 8, 16, 17, 100):
             x = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
-            assert rows.all_finite(x)
+            assert loops.all_finite(x)
             for place, bad in itertools.product((0, count // 2, count - 1), (torch.nan, torch.inf, -torch.inf)):
                 wrong = x.clone()
                 wrong[place] = bad
-                assert not rows.all_finite(wrong), (count, place, bad)
+                assert not loops.all_finite(wrong), (count, place, bad)
 
 
 class TestNorms:
@@ -682,7 +682,7 @@ class TestNorms:
     def test_are_torchs(self, m, n, two):
         dtype = [torch.float64, torch.float32][two]
         x, fx = torch.randn(m, n, dtype=dtype), torch.randn(m, n, dtype=dtype)
-        change, size = rows.norms(x, fx)
+        change, size = loops.norms(x, fx)
         assert change.dtype == size.dtype == dtype
         tolerance = 100 * torch.finfo(dtype).eps
         assert torch.allclose(change, torch.linalg.vector_norm(fx - x, dim=1), rtol=tolerance)
@@ -691,7 +691,7 @@ class TestNorms:
     def test_a_row_that_is_not_finite_is_the_only_one(self):
         fx = torch.ones(3, 40)
         fx[1, 17], fx[2, 39] = torch.nan, torch.inf
-        change, size = rows.norms(torch.zeros(3, 40), fx)
+        change, size = loops.norms(torch.zeros(3, 40), fx)
         assert torch.isfinite(change).tolist() == torch.isfinite(size).tolist() == [True, False, False]
 
     @settings(max_examples=50, deadline=None)
@@ -718,5 +718,5 @@ class TestNorms:
 
     @pytest.mark.float64
     def test_numbers_that_do_not_lie_together_are_left_to_torch(self):
-        assert rows.norms(strided(torch.ones(2, 3)), torch.ones(2, 3)) is None
-        assert rows.norms(torch.ones(2, 3), torch.ones(2, 3).float()) is None
+        assert loops.norms(strided(torch.ones(2, 3)), torch.ones(2, 3)) is None
+        assert loops.norms(torch.ones(2, 3), torch.ones(2, 3).float()) is None

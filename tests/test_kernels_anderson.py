@@ -10,24 +10,22 @@ from torch import Tensor
 
 from implicitdl import Anderson, Equilibrium, Unrolled, fixed_point
 from implicitdl.activations import IDENTITY
+from implicitdl.equations.map import Map
 from implicitdl.kernels import build
 from implicitdl.kernels.anderson import Memory
-from implicitdl.loop.iterate import iterate
-from implicitdl.loop.outcome import Outcome
+from implicitdl.loop.iterate import SolveResult, iterate
 from kernel_paths import threads, torch_alone
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(build.library("anderson", torch.float64) is None, reason="no C compiler"),
+    pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler"),
 ]
 
 BLOCK = 256  # of anderson.c
 
 
-class Elementwise:
+class Elementwise(Map):
     """x ↦ tanh(a ∘ x + b) by rows, with factors from −0.9 to 0.9: a state of any length at no price."""
-
-    check_interval = 1
 
     def __init__(self, b: Tensor, slowest: float = 0.9) -> None:
         self.b, self.slowest = b, slowest
@@ -40,7 +38,7 @@ class Elementwise:
         return Elementwise(self.b[rows], self.slowest)
 
 
-def solve(f: Elementwise | Equilibrium, solver: Anderson) -> Outcome:
+def solve(f: Elementwise | Equilibrium, solver: Anderson) -> SolveResult:
     with torch.no_grad():
         return iterate(f, torch.zeros_like(f.b), solver)
 
@@ -66,7 +64,7 @@ class TestIterates:
             plain = solve(f, solver)
         # Both round, and the least squares multiplies that by the condition of a memory of nearly parallel vectors.
         assert torch.allclose(compiled.x, plain.x, rtol=1e-6, atol=1e-8)
-        assert torch.equal(compiled.figures.steps, plain.figures.steps)
+        assert torch.equal(compiled.stats.steps, plain.stats.steps)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("memory", [1, 5, 12])
@@ -77,9 +75,9 @@ class TestIterates:
         with torch_alone():
             plain = solve(f, solver)
         assert compiled.all_converged
-        assert abs(compiled.figures.steps - plain.figures.steps).max() <= 2
+        assert abs(compiled.stats.steps - plain.stats.steps).max() <= 2
         change = (f(compiled.x) - compiled.x).norm(dim=1) / f(compiled.x).norm(dim=1)
-        assert torch.allclose(compiled.figures.residual, change, rtol=1e-3)
+        assert torch.allclose(compiled.stats.residual, change, rtol=1e-3)
 
     def test_restart_where_the_residual_grows(self):
         # Expanding: the residual doubles until the memory holds what it takes.
@@ -88,8 +86,8 @@ class TestIterates:
         compiled = solve(f, solver)
         with torch_alone():
             plain = solve(f, solver)
-        assert torch.equal(compiled.figures.converged, plain.figures.converged)
-        assert torch.equal(compiled.figures.steps, plain.figures.steps)
+        assert torch.equal(compiled.stats.converged, plain.stats.converged)
+        assert torch.equal(compiled.stats.steps, plain.stats.steps)
 
     def test_a_longer_memory_than_it_has_room_for_is_left_to_torch(self):
         x = torch.zeros(2, 3)
@@ -121,8 +119,8 @@ class TestSamplesAlone:
             with threads(1):
                 alone = solve(Elementwise(b[i : i + 1], slowest), Anderson())
             assert torch.equal(alone.x[0], together.x[i])
-            assert int(alone.figures.steps) == int(together.figures.steps[i])
-            assert float(alone.figures.residual) == float(together.figures.residual[i])
+            assert int(alone.stats.steps) == int(together.stats.steps[i])
+            assert float(alone.stats.residual) == float(together.stats.residual[i])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_a_lost_sample_disturbs_nobody(self, bad):
@@ -130,9 +128,9 @@ class TestSamplesAlone:
         expected = solve(Equilibrium(A, b, IDENTITY), Anderson())
         b[1, 2] = bad
         found = solve(Equilibrium(A, b, IDENTITY), Anderson())
-        assert found.figures.converged.tolist() == [True, False, True]
+        assert found.stats.converged.tolist() == [True, False, True]
         assert torch.equal(found.x[[0, 2]], expected.x[[0, 2]])
-        assert torch.equal(found.figures.steps[[0, 2]], expected.figures.steps[[0, 2]])
+        assert torch.equal(found.stats.steps[[0, 2]], expected.stats.steps[[0, 2]])
 
     def test_values_that_are_not_contiguous(self):
         b = torch.linspace(-1, 1, 4 * 50).view(4, 50)

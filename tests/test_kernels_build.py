@@ -22,12 +22,12 @@ import implicitdl
 from implicitdl import BackendWarning
 from implicitdl.kernels import build, cache, compiler
 
-pytestmark = pytest.mark.skipif(build.library("rows", torch.float64) is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler")
 
 FOLDER = Path(build.__file__).parent
 # The smallest source, which is compiled in a moment.
 NAME = "probe"
-SCRIPT = "import torch; from implicitdl.kernels.build import library; assert library('probe', torch.float32)"
+SCRIPT = "import torch; from implicitdl.kernels.build import library; assert library(torch.float32, 'probe')"
 
 
 def forget() -> None:
@@ -50,7 +50,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
-    return build.library(NAME, dtype)
+    return build.library(dtype, NAME)
 
 
 def why() -> str:
@@ -62,7 +62,7 @@ def why() -> str:
     assert [one.category for one in said] == [BackendWarning]
     assert "torch's operations do the work" in str(said[0].message)
     assert "IMPLICITDL_KERNELS=0 to silence" in str(said[0].message)
-    found = build.find(NAME, torch.float32)
+    found = build.find(torch.float32, NAME)
     assert found.why in str(said[0].message)
     return found.why
 
@@ -113,7 +113,7 @@ class TestTheCompiler:
         refuse = "for a; do case $a in -march=native|-fopenmp) printf '\\377' >&2; exit 1;; esac; done"
         program(tmp_path, monkeypatch, f'{refuse}\nexec cc "$@"')
         assert library() is not None
-        assert build.find(NAME, torch.float32).call[-1].startswith("-DINT")
+        assert build.find(torch.float32, NAME).call[-1].startswith("-DINT")
 
     def test_that_fails_on_the_loop_alone_is_asked_once(self, monkeypatch, tmp_path):
         calls = tmp_path / "calls"
@@ -183,7 +183,7 @@ class TestTheFolder:
             assert library(torch.float64) is not None
         assert [one.category for one in said] == [BackendWarning]
         assert re.search(words, str(said[0].message))
-        assert build.find(NAME, torch.float32).kept is None
+        assert build.find(torch.float32, NAME).kept is None
         assert before == (sorted(kept.rglob("*")) if kept.exists() else [])
 
     @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])

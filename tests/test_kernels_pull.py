@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from implicitdl.kernels import build, rows
-from implicitdl.kernels import pull as kernel
-from implicitdl.kernels.pull import pull
+from implicitdl.kernels import build, loops
+from implicitdl.kernels.loops import pull
 from kernel_paths import threads
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(build.library("pull", torch.float64) is None, reason="no C compiler"),
+    pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler"),
 ]
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -47,10 +46,10 @@ class TestValues:
         v, slope, x = drawn(batch, n, dtype, seed)
         # Inside, outside, and a row of zeros.
         source = torch.randn(n, n, dtype=dtype) * torch.linspace(0, 4, n, dtype=dtype)[:, None] / n
-        _, scale = rows.scale_rows(source, 0.9)
+        _, scale = loops.scale_rows(source, 0.9)
         with threads(count):
             product, w = pull(v, slope, x, source, scale, 0.9)
-            expected = rows.scale_rows_vjp(source, scale, w.t() @ x, 0.9)
+            expected = loops.scale_rows_vjp(source, scale, w.t() @ x, 0.9)
         assert close(product, expected, 4 * batch)
 
     def test_of_tensors_that_do_not_lie_together(self):
@@ -88,5 +87,5 @@ class TestItIsLeftToTorch:
             def pull(self, *arguments):
                 return 0
 
-        monkeypatch.setattr(kernel, "_typed", lambda dtype: Empty())
+        monkeypatch.setattr(loops, "loops", lambda dtype: Empty())
         assert pull(*drawn(3, 4, torch.float64, 0), None, None, 0.0) is None

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from implicitdl import DEQ, Picard
 from implicitdl._internal.errors import ArgumentError
 from implicitdl.constraints import SpectralNorm, WeightNorm
-from implicitdl.testing.checks import check_constraint
+from implicitdl.testing import check_constraint
 
 
 def norm(op, shape: tuple[int, ...]) -> float:

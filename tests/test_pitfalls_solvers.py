@@ -18,7 +18,7 @@ from implicitdl import (
     Picard,
     fixed_point,
 )
-from implicitdl.testing.checks import MONOTONE_SOLVERS, SOLVERS
+from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 

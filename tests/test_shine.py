@@ -16,10 +16,10 @@ from implicitdl import (
     fixed_point,
 )
 from implicitdl._internal.errors import ArgumentError
-from implicitdl.equations.function import RowsOf
+from implicitdl.equations.function import FunctionMap
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import Broyden
-from implicitdl.testing.checks import check_adjoint
+from implicitdl.testing import check_adjoint
 
 N, BATCH = 12, 4
 
@@ -50,7 +50,7 @@ def cosine(one, other):
 def test_it_is_the_transposed_estimate(problem):
     f, b = problem
     g = torch.randn(BATCH, N)
-    rows = RowsOf("test", f, torch.zeros(BATCH, N), (b.detach(),))
+    rows = FunctionMap("test", f, torch.zeros(BATCH, N), (b.detach(),))
     outcome = iterate(rows, torch.zeros(BATCH, N), Broyden(), keep_inverse=True)
     slope = 1 - f(outcome.x, b.detach()) ** 2
     assert torch.allclose(gradient(problem, SHINE(), g), slope * outcome.inverse.transpose_apply(g), atol=1e-12)
@@ -78,7 +78,7 @@ def test_a_distrusted_estimate_falls_back_on_the_jacobian_free_gradient_sample_b
     assert torch.allclose(gradient(problem, SHINE(fallback=1e-9), g), free)
     assert torch.allclose(gradient(problem, SHINE(fallback=1e9), g), trusted)
     f, b = problem
-    rows = RowsOf("test", f, torch.zeros(BATCH, N), (b.detach(),))
+    rows = FunctionMap("test", f, torch.zeros(BATCH, N), (b.detach(),))
     v = iterate(rows, torch.zeros(BATCH, N), Broyden(), keep_inverse=True).inverse.transpose_apply(g)
     ratio = v.norm(dim=1) / g.norm(dim=1)
     bound = ratio.sort().values[1:3].mean().item()

@@ -30,7 +30,7 @@ from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import BUILTIN, IDENTITY, LEAKY_RELU, RELU, TANH
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers.base import Solver
-from implicitdl.testing.checks import MONOTONE_SOLVERS, SOLVERS
+from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
 
 
 class Counted:
@@ -93,7 +93,7 @@ class TestBroyden:
         b = torch.tensor([0.01, 0.3, 1.0, 3.0])[:, None] * torch.randn(4, 6)
         f = Equilibrium(A, b, TANH)
         together = iterate(f, torch.zeros(4, 6), Broyden(), keep_inverse=True)
-        assert len(set(together.figures.steps.tolist())) > 1, "every sample finished at once"
+        assert len(set(together.stats.steps.tolist())) > 1, "every sample finished at once"
         g = torch.randn(4, 6)
         estimate = together.inverse.transpose_apply(g)
         for i in range(4):

@@ -22,8 +22,15 @@ from implicitdl import (
 )
 from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
-from implicitdl.testing import check_solver, expanding_problems, monotone_problems, problems
-from implicitdl.testing.checks import EXPANDING_SOLVERS, MONOTONE_SOLVERS, SOLVERS
+from implicitdl.testing import (
+    EXPANDING_SOLVERS,
+    MONOTONE_SOLVERS,
+    SOLVERS,
+    check_solver,
+    expanding_problems,
+    monotone_problems,
+    problems,
+)
 
 CASES = [
     *product(SOLVERS, problems()),

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, Status, fixed_point, solution
 from implicitdl._internal import errors, store
 from implicitdl._internal.errors import ArgumentError, MissingExtraError
-from implicitdl.loop.announce import announce
-from implicitdl.loop.outcome import Outcome
+from implicitdl.loop.announce import announce_miss
+from implicitdl.loop.iterate import SolveResult
 from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, loop, processes, train
 from implicitdl.training.state import pack, unpack
 
@@ -254,8 +254,10 @@ class Announcing(nn.Module):
         converged[0] = False
         steps = torch.full((n,), self.calls)
         status = torch.where(converged, int(Status.CONVERGED), int(Status.STALLED))
-        figures = solution.Measured(torch.ones(n), steps, converged, status=status)
-        announce("Fake", direction, Outcome(torch.ones(n, 1), figures, False, 1e-5), Picard(), "warn")
+        stats = solution.SolveStats(torch.ones(n), steps, converged, status=status)
+        solution.monitored(direction, stats)
+        missed = SolveResult(torch.ones(n, 1), stats, False, 1e-5, 0.0)
+        announce_miss("Fake", direction, missed, Picard(), "warn")
 
     def forward(self, u):
         self.calls += 1

@@ -9,11 +9,11 @@ from torch import Tensor
 from implicitdl import ArgumentError, Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Unrolled, fixed_point
 from implicitdl.activations import HARDTANH, LEAKY_RELU, RELU
 from implicitdl.constraints import RowScaling
-from implicitdl.equations.weights import ScaledRows, scale_rows
-from implicitdl.kernels import build, rows, sweeps
+from implicitdl.equations.scaling import scale_rows
+from implicitdl.kernels import build, loops
 from kernel_paths import threads, torch_alone
 
-needs_c = pytest.mark.skipif(build.library("sweeps", torch.float64) is None, reason="no C compiler")
+needs_c = pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SETTINGS = (1e-5, 0.0, 200, 2, 0.5, 100)
 
@@ -36,18 +36,18 @@ def test_the_loop_makes_what_the_scaling_makes(count, dtype):
 def scaled_on_the_way(n, count, dtype):
     v, b = raw(n, dtype), torch.randn(5, n, dtype=dtype)
     with threads(count):
-        made, scale = rows.scale_rows(v, 0.9)
-        before = sweeps.sweeps(made, None, b, None, sweeps.RELU, None, *SETTINGS)
-        on_the_way = sweeps.sweeps(v, 0.9, b, None, sweeps.RELU, None, *SETTINGS)
-        strided = sweeps.sweeps(v.t().contiguous().t(), 0.9, b, None, sweeps.RELU, None, *SETTINGS)
+        made, scale = loops.scale_rows(v, 0.9)
+        before = loops.sweeps(made, None, b, None, loops.RELU, None, *SETTINGS)
+        on_the_way = loops.sweeps(v, 0.9, b, None, loops.RELU, None, *SETTINGS)
+        strided = loops.sweeps(v.t().contiguous().t(), 0.9, b, None, loops.RELU, None, *SETTINGS)
     for found in (on_the_way, strided):
         assert torch.equal(found.scaled[0], made)
         assert torch.equal(found.scaled[1], scale)
         assert found.unsolved == before.unsolved == 0
         assert torch.equal(found.x, before.x)
         assert torch.equal(found.slope, before.slope)
-        assert torch.equal(found.figures.residual, before.figures.residual)
-        assert torch.equal(found.figures.steps, before.figures.steps)
+        assert torch.equal(found.stats.residual, before.stats.residual)
+        assert torch.equal(found.stats.steps, before.stats.steps)
     assert before.scaled is None
 
 
@@ -58,14 +58,14 @@ def test_a_row_that_is_not_finite_solves_nothing_in_silence(bad):
     v = raw(20)
     v[3, 4] = bad
     b = torch.randn(6, 20, dtype=torch.float64)
-    f = Equilibrium(ScaledRows(v, 0.9), b)
+    f = Equilibrium(v, b, radius=0.9)
     with pytest.raises(ArgumentError, match="expected finite A"):
         fixed_point(f, None, on_failure="ignore")
 
 
 def gradients(A: Tensor, b: Tensor, phi, lazily: bool, **options: object) -> list[Tensor]:
     v, b = A.clone().requires_grad_(), b.clone().requires_grad_()
-    f = Equilibrium(ScaledRows(v, 0.95) if lazily else scale_rows(v, 0.95), b, phi)
+    f = Equilibrium(v, b, phi, radius=0.95) if lazily else Equilibrium(scale_rows(v, 0.95), b, phi)
     x = fixed_point(f, None, **options).value
     (x * torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)).sum().backward()
     return [x.detach(), v.grad, b.grad]
@@ -104,12 +104,12 @@ def test_rows_that_the_loop_leaves_to_the_next_stage():
 
 
 def test_the_graph_is_there_whoever_asks_first():
-    weight = ScaledRows(raw(6).requires_grad_(), 0.9)
+    f = Equilibrium(raw(6).requires_grad_(), torch.zeros(1, 6, dtype=torch.float64), radius=0.9)
     with torch.no_grad():
-        first = weight.numbers
+        first = f.numbers
     assert not first.requires_grad
-    assert weight.value.requires_grad
-    assert torch.equal(first, weight.value)
+    assert f.A.requires_grad
+    assert torch.equal(first, f.A)
 
 
 def model() -> ImplicitModel:
@@ -160,7 +160,7 @@ def test_the_constraint_is_the_users_to_watch_and_to_change():
 def test_autocast_scales_before_it_rounds():
     v, b = raw(20, torch.float32), torch.randn(4, 20, dtype=torch.bfloat16)
     rounded = scale_rows(v, 0.9).bfloat16()
-    assert torch.equal(Equilibrium(ScaledRows(v, 0.9), b).A, rounded)
+    assert torch.equal(Equilibrium(v, b, radius=0.9).A, rounded)
     assert not torch.equal(scale_rows(v.bfloat16(), 0.9), rounded)
 
 

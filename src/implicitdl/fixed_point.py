@@ -13,10 +13,12 @@ from ._internal.errors import DIVERGED, finite, wrong
 from ._internal.habits import unknown_keywords
 from .adjoints import Adjoint, ImplicitAdjoint, transforms
 from .equations.equilibrium import Equilibrium
-from .equations.function import OneRow, RowsOf, State, rows_of
-from .loop.announce import announce
-from .loop.coupling import after, announce_coupling, are_coupled
-from .solution import BackwardReport, OnFailure, Solution, check_on_failure
+from .equations.function import FunctionMap, OneRow, State, function_map
+from .equations.map import Map
+from .loop.announce import announce_miss
+from .loop.coupling import announce_coupling, are_coupled
+from .loop.iterate import SolveResult
+from .solution import BackwardReport, OnFailure, Solution, check_on_failure, monitored
 from .solvers import Auto, Newton, Solver
 
 
@@ -95,10 +97,10 @@ def fixed_point(
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     who = f"{'root' if isinstance(f, _Downhill) else 'fixed_point'}({type(solver).__name__})"
     check_settings(who, solver, adjoint, on_failure, coupled)
-    known = f if isinstance(f, Equilibrium) and not args else None
+    known = f if isinstance(f, Map) and not args else None
     if known is not None and coupled:
         raise wrong(who, "coupled to be False or None for an Equilibrium, which maps each row on its own", "True")
-    if x0 is None and known is not None:
+    if x0 is None and isinstance(known, Equilibrium):
         b = known.b
         if b.dim() < 2 or b.numel() == 0 or not b.is_floating_point():
             raise wrong(who, "b of floating-point rows, (batch ≥ 1, n)", f"{tuple(b.shape)} of {b.dtype}")
@@ -107,29 +109,52 @@ def fixed_point(
     if not plain():
         x0 = known.after_zero() if x0 is None and known is not None else x0
         return transforms.solve(who, None if args else f, x0, solver, adjoint, on_failure, trace)
-    problem = rows_of(who, f, x0, args, coupled) if known is None else known.problem()  # type: ignore[arg-type]
-    start = problem.enter(x0)  # type: ignore[arg-type]
+    rows = known.reduced() if known is not None else function_map(who, f, x0, args, coupled, isinstance(f, _Downhill))  # type: ignore[arg-type]
     report = BackwardReport()
-    rows, outcome = adjoint.solve(problem, start, solver, on_failure, trace, report)
-    if isinstance(problem, OneRow):
-        outcome = outcome.of_each(problem.samples)
-    elif isinstance(problem, RowsOf) and not problem.independent:
+    found = solve(who, rows, None if x0 is None else rows.rows(x0), solver, adjoint, on_failure, trace, report)
+    return Solution(value=rows.state(found.x), stats=found.stats, backward=report)
+
+
+def solve(
+    who: str,
+    f: Map,
+    x0: Tensor | None,
+    solver: Solver,
+    adjoint: Adjoint,
+    on_failure: OnFailure = "warn",
+    trace: bool = False,
+    report: BackwardReport | None = None,
+) -> SolveResult:
+    """`fixed_point` on rows, behind the door: arguments have been checked, and no transform of torch.func is open.
+
+    Arguments:
+        who: the caller, for errors and warnings.
+        f: the map that is iterated.
+        x0: (batch, d) where to start; None for f(0).
+        report: to be filled when backward runs.
+    """
+    report = BackwardReport() if report is None else report
+    found = adjoint.solve(f, x0, solver, on_failure, trace, report)
+    if isinstance(f, OneRow):
+        found.stats = found.stats.of_each(f.samples)
+    elif isinstance(f, FunctionMap) and not f.independent:
         with without_grad():
-            coupled = are_coupled(problem, rows, outcome, solver.atol / outcome.rtol)
+            coupled = are_coupled(f, found)
         if coupled:
             announce_coupling(who)
-            problem = OneRow(problem, len(rows))
-            rows, joint = adjoint.solve(problem, problem.together(rows), solver, on_failure, trace, report)
-            outcome = after(outcome, joint.of_each(problem.samples))
-    if known is not None and not outcome.all_converged:
-        for name, weight in known.named_weights.items():
+            alone, one = found.stats, OneRow.of(f, len(found.x))
+            found = adjoint.solve(one, one.together(found.x), solver, on_failure, trace, report)
+            found.x, found.stats = one.apart(found.x), found.stats.of_each(one.samples).after(alone)
+    monitored("forward", found.stats)
+    if not found.all_converged:
+        for name, weight in f.named_weights.items():
             finite(who, name, weight, DIVERGED)
-    announce(who, "forward", outcome, solver, on_failure)
-    if isinstance(problem, (RowsOf, OneRow)):
-        problem.settle()
-    if rows is start:  # x0 was the solution; the user may go on to change either in place
-        rows = rows.clone()
-    return Solution(value=problem.leave(rows), figures=outcome.figures, backward=report)
+        announce_miss(who, "forward", found, solver, on_failure)
+    if isinstance(f, (FunctionMap, OneRow)):
+        f.commit_buffers()
+    if found.x is x0:  # x0 was the solution; the user may go on to change either in place
+        found.x = found.x.clone()
+    return found
 
 
 def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> Solution:
@@ -157,8 +182,6 @@ def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> S
 
 class _Downhill(nn.Module):
     """−g(x, \\*args), the residual of x − g(x, \\*args); a Module, so that what g is made of is still seen."""
-
-    root = True
 
     def __init__(self, g: Callable[..., State]) -> None:
         super().__init__()

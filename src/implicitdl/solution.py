@@ -6,8 +6,9 @@ import threading
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ._internal.errors import choice
@@ -42,28 +43,9 @@ class Status(IntEnum):
     NOT_FINITE = 4
 
 
-class Figures(Protocol):
-    """What a solve says of every sample; `Report` has the meaning."""
-
-    @property
-    def residual(self) -> Tensor: ...
-
-    @property
-    def steps(self) -> Tensor: ...
-
-    @property
-    def converged(self) -> Tensor: ...
-
-    @property
-    def trace(self) -> Tensor | None: ...
-
-    @property
-    def status(self) -> Tensor | None: ...
-
-
 @dataclass(frozen=True)
-class Measured:
-    """`Figures` that are there."""
+class SolveStats:
+    """The figures of a solve, one entry per sample, as `Report` describes them."""
 
     residual: Tensor
     steps: Tensor
@@ -71,31 +53,47 @@ class Measured:
     trace: Tensor | None = None
     status: Tensor | None = None  # (batch,) of `Status`
 
+    def of_each(self, samples: int) -> SolveStats:
+        """The figures of the one row that holds a coupled batch, as those of every sample in it."""
+        return SolveStats(
+            self.residual.expand(samples),
+            self.steps.expand(samples),
+            self.converged.expand(samples),
+            None if self.trace is None else self.trace.expand(-1, samples),
+            None if self.status is None else self.status.expand(samples),
+        )
+
+    def after(self, earlier: SolveStats) -> SolveStats:
+        """The figures with the evaluations of an earlier solve of the same samples counted too."""
+        traces = [stats.trace for stats in (earlier, self) if stats.trace is not None]
+        trace = torch.cat(traces) if len(traces) == 2 else None
+        return SolveStats(self.residual, earlier.steps + self.steps, self.converged, trace, self.status)
+
 
 @dataclass(repr=False)
 class BackwardReport:
     """The figures of the adjoint solve v = g + Jᵀv; all None until backward has run."""
 
-    figures: Figures | None = None
+    stats: SolveStats | None = None
 
     @property
     def residual(self) -> Tensor | None:
-        return None if self.figures is None else self.figures.residual
+        return None if self.stats is None else self.stats.residual
 
     @property
     def steps(self) -> Tensor | None:
-        return None if self.figures is None else self.figures.steps
+        return None if self.stats is None else self.stats.steps
 
     @property
     def converged(self) -> Tensor | None:
-        return None if self.figures is None else self.figures.converged
+        return None if self.stats is None else self.stats.converged
 
     @property
     def trace(self) -> Tensor | None:
-        return None if self.figures is None else self.figures.trace
+        return None if self.stats is None else self.stats.trace
 
     def __repr__(self) -> str:
-        return _shown(self, *_FIGURES)
+        return _shown(self, *_SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,11 +101,11 @@ class Report:
     """How well a solution of x = f(x, *args) was found, without its value and its graph.
 
     Attributes:
-        figures: what the properties below read.
+        stats: what the properties below read.
         backward: the same figures of the adjoint solve, filled when backward runs.
     """
 
-    figures: Figures
+    stats: SolveStats
     backward: BackwardReport = field(default_factory=BackwardReport)
 
     @property
@@ -117,30 +115,30 @@ class Report:
         It is inf where f is not finite.  Where the state has grown until its tolerance says nothing, it is the
         estimated distance to a solution relative to the state's size, √rtol at least.
         """
-        return self.figures.residual
+        return self.stats.residual
 
     @property
     def steps(self) -> Tensor:
         """(batch,) evaluations of f spent on the sample."""
-        return self.figures.steps
+        return self.stats.steps
 
     @property
     def converged(self) -> Tensor:
         """(batch,) whether ‖f(x) − x‖₂ ≤ atol + rtol ‖f(x)‖₂ for every part, that is, whether residual ≤ rtol."""
-        return self.figures.converged
+        return self.stats.converged
 
     @property
     def trace(self) -> Tensor | None:
         """(checks, batch) the residual at each check, NaN after a sample has finished; None unless asked for."""
-        return self.figures.trace
+        return self.stats.trace
 
     @property
     def status(self) -> Tensor | None:
         """(batch,) why the solve of the sample ended, as a `Status`; None inside a transform."""
-        return self.figures.status
+        return self.stats.status
 
     def __repr__(self) -> str:
-        return _shown(self, *_FIGURES, "backward")
+        return _shown(self, *_SHOWN, "backward")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -155,13 +153,13 @@ class Solution(Report):
 
     def report(self) -> Report:
         """The figures without the value; those of the backward solve still arrive when it runs."""
-        return Report(figures=self.figures, backward=self.backward)
+        return Report(stats=self.stats, backward=self.backward)
 
     def __repr__(self) -> str:
-        return _shown(self, "value", *_FIGURES, "backward")
+        return _shown(self, "value", *_SHOWN, "backward")
 
 
-_FIGURES = ("residual", "steps", "converged", "trace")
+_SHOWN = ("residual", "steps", "converged", "trace")
 
 
 def _shown(report: object, *names: str) -> str:
@@ -184,8 +182,8 @@ class Monitor:
     """
 
     def __init__(self) -> None:
-        self.forward: list[Figures] = []
-        self.backward: list[Figures] = []
+        self.forward: list[SolveStats] = []
+        self.backward: list[SolveStats] = []
 
     def __enter__(self) -> Monitor:
         _open.append(self)
@@ -199,7 +197,7 @@ class Monitor:
     @property
     def samples(self) -> int:
         """Samples solved forward (a sample solved twice counts twice)."""
-        return sum(figures.steps.numel() for figures in self.forward)
+        return sum(stats.steps.numel() for stats in self.forward)
 
     @property
     def forward_steps(self) -> float:
@@ -214,14 +212,14 @@ class Monitor:
     @property
     def missed(self) -> float:
         """Share of the samples, forward and backward, that did not reach the tolerance."""
-        verdicts = [figures.converged for figures in self.forward + self.backward]
+        verdicts = [stats.converged for stats in self.forward + self.backward]
         total = sum(converged.numel() for converged in verdicts)
         return sum(int((~converged).sum()) for converged in verdicts) / total if total else 0.0
 
 
-def _mean_steps(solves: list[Figures]) -> float:
-    total = sum(figures.steps.numel() for figures in solves)
-    return sum(int(figures.steps.sum()) for figures in solves) / total if total else float("nan")
+def _mean_steps(solves: list[SolveStats]) -> float:
+    total = sum(stats.steps.numel() for stats in solves)
+    return sum(int(stats.steps.sum()) for stats in solves) / total if total else float("nan")
 
 
 # Not thread-local: autograd runs backward on threads of its own, and the adjoint's report belongs to the
@@ -230,12 +228,12 @@ _open: list[Monitor] = []
 _lock = threading.Lock()
 
 
-def monitored(direction: Literal["forward", "backward"], figures: Figures) -> None:
+def monitored(direction: Literal["forward", "backward"], stats: SolveStats) -> None:
     """Hand the figures of a solve to the open monitors."""
     if _open:
         with _lock:
             for monitor in _open:
-                getattr(monitor, direction).append(figures)
+                getattr(monitor, direction).append(stats)
 
 
 def check_on_failure(who: str, value: str) -> None:

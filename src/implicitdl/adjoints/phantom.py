@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive_int, settle
-from ..equations.map import RowMap
-from ..loop.iterate import iterate
-from ..loop.outcome import Outcome
+from ..equations.map import Map
+from ..loop.iterate import SolveResult, iterate
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from ..solvers.base import damping
@@ -41,15 +40,15 @@ class PhantomGradient(Adjoint):
         settle(self, damping, "damping")
 
     def solve(
-        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
-    ) -> tuple[Tensor, Outcome]:
-        with torch.no_grad():
-            outcome = iterate(f, x0, solver, trace=trace)
+        self, f: Map, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+    ) -> SolveResult:
+        result = iterate(f, x0, solver, trace=trace)
         if not torch.is_grad_enabled():
-            return outcome.x, outcome
-        x = outcome.x.detach()
+            return result
+        x = result.x.detach()
         for _ in range(self.steps):
-            fx = x + f(x) if getattr(f, "root", False) else f(x)
+            fx = x + f(x) if f.root else f(x)
             x = fx if self.damping == 1.0 else x.lerp(fx, self.damping)
         # The value stays the one whose residual is reported; only the gradient is that of the steps.
-        return outcome.x.detach() + (x - x.detach()), outcome
+        result.x = result.x.detach() + (x - x.detach())
+        return result

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .._internal.errors import positive, settle, wrong
-from ..equations.linearize import linearize
-from ..equations.map import RowMap
-from ..loop.iterate import iterate
-from ..loop.outcome import Outcome
+from ..equations.function import FunctionMap
+from ..equations.map import Map
+from ..loop.iterate import SolveResult, iterate, unit_of
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
-from ..solvers.inverse import InverseEstimate
-from .backward import BackwardSolve, attached, depends_on_weights, scaled
+from ..solvers.state import InverseEstimate
 from .base import Adjoint
+from .implicit import BackwardSolve, attached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +58,27 @@ class SHINE(Adjoint):
             raise wrong("SHINE", "refine to be a Solver", repr(self.refine), "Pass Anderson(max_steps=5), or None.")
 
     def solve(
-        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
-    ) -> tuple[Tensor, Outcome]:
+        self, f: Map, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+    ) -> SolveResult:
         if not torch.is_grad_enabled():
-            return (outcome := iterate(f, x0, solver, trace=trace)).x, outcome
-        with torch.no_grad():
-            outcome = iterate(f, x0, solver, trace=trace, keep_inverse=True)
-        if outcome.inverse is None:
+            return iterate(f, x0, solver, trace=trace)
+        result = iterate(f, x0, solver, trace=trace, keep_inverse=True)
+        if result.inverse is None:
             raise wrong(
                 "SHINE", "a forward solver that keeps an estimate of the inverse", type(solver).__name__,
                 "Use solver=Broyden(), or another adjoint.",
             )  # fmt: skip
-        at = linearize(f, outcome.x)
-        if at is None or not depends_on_weights(at):
-            return outcome.x, outcome
-        estimate = _Estimate(outcome.inverse, self.fallback)
-        outcome = replace(outcome, fx=at.value.detach())
-        if self.refine is None:
-            return attached(at, outcome.x, estimate), outcome
-        backward = BackwardSolve(f, at, self.refine, "ignore", trace, report, start=estimate)
-        return attached(at, outcome.x, backward), outcome
+        at = f.linearize(result.x)
+        if at is None or not at.value.requires_grad:
+            return result
+        if isinstance(f, FunctionMap):  # whose evaluation shows whether samples influence one another
+            result.fx = at.value.detach()
+        estimate = _Estimate(result.inverse, self.fallback)
+        backward: Callable[[Tensor], Tensor] = estimate
+        if self.refine is not None:
+            backward = BackwardSolve(f, at, self.refine, "ignore", trace, report, start=estimate)
+        result.x = attached(at, result.x, backward)
+        return result
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class _Estimate:
 
     def __call__(self, g: Tensor) -> Tensor:
         with torch.no_grad():
-            unit, scale = scaled(g)
+            scale = unit_of(g)
+            unit = g / scale
             v = self.inverse.transpose_apply(unit)
             if self.fallback is not None:
                 size, bound = torch.linalg.vector_norm(v, dim=1), torch.linalg.vector_norm(unit, dim=1) * self.fallback

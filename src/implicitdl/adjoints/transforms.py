@@ -24,15 +24,14 @@ from torch.autograd import forward_ad
 from .._internal.context import require_constant
 from .._internal.errors import wrong
 from ..equations.equilibrium import Equilibrium
-from ..equations.linearize import linearize
-from ..equations.map import Explicit, RowMap
-from ..loop.announce import announce
+from ..equations.map import Explicit, Map
+from ..loop.announce import announce_miss
 from ..loop.iterate import iterate
-from ..solution import BackwardReport, Measured, OnFailure, Solution
+from ..solution import BackwardReport, OnFailure, Solution, SolveStats, monitored
 from ..solvers import Solver
 from . import Adjoint, ImplicitAdjoint
-from .backward import BackwardSolve
 from .guard import beyond_order
+from .implicit import BackwardSolve
 
 
 def solve(who: str, f: Any, x0: Any, solver: Solver, adjoint: Adjoint, on_failure: OnFailure, trace: bool) -> Solution:
@@ -50,9 +49,9 @@ def solve(who: str, f: Any, x0: Any, solver: Solver, adjoint: Adjoint, on_failur
         )  # fmt: skip
     if not isinstance(adjoint, ImplicitAdjoint):
         raise wrong(who, f"adjoint=ImplicitAdjoint() {where}", type(adjoint).__name__)
-    problem = f.problem()
+    problem = f.reduced()
     explicit: Explicit = problem.explicit()
-    tensors = (*explicit.weights, *explicit.rows, problem.enter(x0).detach())
+    tensors = (*explicit.weights, *explicit.rows, problem.rows(x0).detach())
     *constants, start = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
     refusal = wrong(
         who, f"an activation without parameters {where}", "one that closes over a tensor they act on",
@@ -61,13 +60,13 @@ def solve(who: str, f: Any, x0: Any, solver: Solver, adjoint: Adjoint, on_failur
     require_constant(explicit.build(*constants)(start), refusal)
     settings = _Settings(explicit.build, len(explicit.weights), who, solver, adjoint, on_failure, trace)
     x, residual, steps, converged, residuals = _Solve.apply(_State(settings, adjoint.order), *tensors)
-    figures = Measured(residual, steps, converged, residuals.t() if trace else None)
-    return Solution(value=problem.leave(x), figures=figures)
+    stats = SolveStats(residual, steps, converged, residuals.t() if trace else None)
+    return Solution(value=problem.state(x), stats=stats)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    build: Callable[..., RowMap]
+    build: Callable[..., Map]
     weights: int
     who: str
     solver: Solver
@@ -123,16 +122,18 @@ class _State(_Equation):
     def find(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         s = self.settings
         *theta, x0 = tensors
-        outcome = iterate(s.build(*theta), x0, s.solver, trace=s.trace)
-        figures = outcome.figures
-        announce(s.who, "forward", outcome, s.solver, s.on_failure)
+        result = iterate(s.build(*theta), x0, s.solver, trace=s.trace)
+        stats = result.stats
+        monitored("forward", stats)
+        if not result.all_converged:
+            announce_miss(s.who, "forward", result, s.solver, s.on_failure)
         # The length of a trace is a matter of its numbers, which the transforms that stand above cannot see.
-        trace = figures.residual.new_full((len(x0), s.solver.max_steps if s.trace else 0), torch.nan)
-        if figures.trace is not None:
-            trace[:, : len(figures.trace)] = figures.trace.t()
+        trace = stats.residual.new_full((len(x0), s.solver.max_steps if s.trace else 0), torch.nan)
+        if stats.trace is not None:
+            trace[:, : len(stats.trace)] = stats.trace.t()
         # What a Function returns must not be what it was given.
-        x = outcome.x.clone() if outcome.x is x0 else outcome.x
-        return x, figures.residual, figures.steps, figures.converged, trace
+        x = result.x.clone() if result.x is x0 else result.x
+        return x, stats.residual, stats.steps, stats.converged, trace
 
     def value(self, y: Tensor, *tensors: Tensor) -> Tensor:
         return self.settings.build(*tensors[:-1])(y)
@@ -148,7 +149,7 @@ class _Linear(_Equation):
         s = self.settings
         *theta, x, constant = tensors
         f = s.build(*theta)
-        at = linearize(f, x)
+        at = f.linearize(x)
         assert at is not None, "an explicit map has its linearisation in closed form"
         inverse = BackwardSolve(f, at, s.adjoint.solver, s.on_failure, trace=False, report=BackwardReport())
         return (inverse(constant) if self.transposed else inverse.transposed(constant),)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._internal.errors import wrong
-from ..equations.linearize import vjp
-from ..equations.map import RowMap
-from ..loop.iterate import iterate
-from ..loop.outcome import Outcome
+from ..equations.map import Map, vjp
+from ..loop.iterate import SolveResult, iterate
 from ..solution import BackwardReport, OnFailure
 from ..solvers import Solver
 from .base import Adjoint
@@ -40,29 +37,30 @@ class Unrolled(Adjoint):
     checkpoint: bool = False
 
     def solve(
-        self, f: RowMap, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
-    ) -> tuple[Tensor, Outcome]:
-        if getattr(f, "triangular", False) and torch.is_grad_enabled():
+        self, f: Map, x0: Tensor | None, solver: Solver, on_failure: OnFailure, trace: bool, report: BackwardReport
+    ) -> SolveResult:
+        if f.triangular and torch.is_grad_enabled():
             raise wrong(
                 "Unrolled", "a map that is iterated", "a triangular equilibrium, solved by substitution",
                 "Use ImplicitAdjoint(), which costs one substitution.",
             )  # fmt: skip
         steps = _Recomputed(f) if self.checkpoint else f
-        outcome = iterate(steps, x0, solver, trace=trace)
+        result = iterate(steps, x0, solver, trace=trace, graph=torch.is_grad_enabled())
         if not torch.is_grad_enabled():
-            return outcome.x, outcome
+            return result
         # A row that stands at its solution from the start, or was set to zero, has not come there by steps.
-        still = (outcome.figures.steps == 1) | (outcome.x == 0).all(dim=1)
-        still = (still & outcome.figures.converged).unsqueeze(1)
+        still = (result.stats.steps == 1) | (result.x == 0).all(dim=1)
+        still = (still & result.stats.converged).unsqueeze(1)
         if not still.any():
-            return outcome.x, outcome
-        x = end = outcome.x.detach()
-        for _ in range(_steps_to_settle(f, end, still, outcome.rtol, solver.max_steps)):
+            return result
+        x = end = result.x.detach()
+        for _ in range(_steps_to_settle(f, end, still, result.rtol, solver.max_steps)):
             x = steps(x)
-        return torch.where(still, end + (x - x.detach()), outcome.x), outcome
+        result.x = torch.where(still, end + (x - x.detach()), result.x)
+        return result
 
 
-def _steps_to_settle(f: RowMap, x: Tensor, still: Tensor, rtol: float, max_steps: int) -> int:
+def _steps_to_settle(f: Map, x: Tensor, still: Tensor, rtol: float, max_steps: int) -> int:
     """Plain steps at the solution after which the derivative stands still too: a random cotangent has vanished."""
     point = x.clone().requires_grad_()
     fx = f(point)
@@ -80,21 +78,18 @@ def _steps_to_settle(f: RowMap, x: Tensor, still: Tensor, rtol: float, max_steps
     )  # fmt: skip
 
 
-class _Recomputed:
+class _Recomputed(Map):
     """f, of which autograd keeps the input alone; noise and statistics are frozen already, and need no keeping."""
 
-    def __init__(self, f: RowMap) -> None:
+    def __init__(self, f: Map) -> None:
         self._f = f
-        self.check_interval = f.check_interval
+        self.check_interval, self.precision, self.parts, self.root = f.check_interval, f.precision, f.parts, f.root
+        self.observed, self.after_zero, self.jacobian = f.observed, f.after_zero, f.jacobian  # type: ignore[method-assign]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         fx: Tensor = checkpoint(self._f, x, use_reentrant=False, preserve_rng_state=False)
         return fx
 
     def take(self, rows: Tensor) -> _Recomputed | None:
         f = self._f.take(rows)
         return None if f is None else _Recomputed(f)
-
-    def __getattr__(self, name: str) -> Any:
-        """What else f offers, such as the part of its state on which the residual is measured."""
-        return getattr(self._f, name)

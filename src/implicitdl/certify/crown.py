@@ -54,7 +54,7 @@ class TwoSlopes(Equilibrium):
         self.high, self.low = high, low
 
     def take(self, rows: Tensor) -> TwoSlopes:
-        return TwoSlopes(self._At, self.b[rows], self.high[rows], self.low[rows])
+        return TwoSlopes(self.A.t(), self.b[rows], self.high[rows], self.low[rows])
 
 
 def _bent(high: Tensor, low: Tensor) -> Activation:

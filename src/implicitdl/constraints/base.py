@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.errors import open_unit, wrong
-from ..equations.weights import ScaledRows
 
 
 class Constraint(nn.Module, ABC):
@@ -26,6 +25,8 @@ class Constraint(nn.Module, ABC):
 
     #: Whether members are strictly upper triangular, so that the equilibrium is one substitution.
     triangular = False
+    #: Whether `forward` scales rows onto the ℓ1 ball, which a compiled solve may then do on its way.  Not inherited.
+    scales_rows = False
 
     def __init__(self, kappa: float = 0.99, lipschitz: float = 1.0) -> None:
         super().__init__()
@@ -46,10 +47,13 @@ class Constraint(nn.Module, ABC):
     def forward(self, raw: Any) -> Tensor:
         """The member A that belongs to the free parameters."""
 
-    def unmade(self, raw: Any) -> Tensor | ScaledRows:
-        """The same, or what makes it when it is needed, for an `Equilibrium`."""
-        member: Tensor = self(raw)
-        return member
+    @property
+    def row_radius(self) -> float | None:
+        """Radius of the ℓ1 ball, where a call scales rows onto it and does nothing else; None elsewhere."""
+        # A subclass may make another matrix, and so may a hook.
+        as_written = "scales_rows" in vars(type(self))
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return self.kappa / self.lipschitz if as_written and not hooked else None
 
     @abstractmethod
     def right_inverse(self, A: Tensor) -> Any:
@@ -61,10 +65,6 @@ class Constraint(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"kappa={self.kappa}" + (f", lipschitz={self.lipschitz:.6g}" if self.lipschitz != 1.0 else "")
-
-    def _hooked(self) -> bool:
-        """Whether a call does more than `forward`."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def _member(self, A: Tensor) -> Tensor:
         if not self.contains(A):

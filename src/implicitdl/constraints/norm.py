@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._internal.context import outside_graphs, plain, transformed
-from ..equations.weights import ScaledRows, scale_rows
+from ..equations.scaling import scale_rows
 from .base import Constraint
 
 
@@ -29,13 +29,10 @@ class RowScaling(Constraint):
                 [ 0.1000,  0.2000]])
     """
 
+    scales_rows = True
+
     def forward(self, raw: Tensor) -> Tensor:
         return scale_rows(raw, self.radius)
-
-    def unmade(self, raw: Tensor) -> Tensor | ScaledRows:
-        # A subclass may make another matrix, and so may a hook.
-        as_written = type(self) is RowScaling and not self._hooked()
-        return ScaledRows(raw, self.radius) if as_written and plain() else self(raw)
 
     def right_inverse(self, A: Tensor) -> Tensor:
         return self._member(A)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import wrong
-from ..equations.weights import row_scale
+from ..equations.scaling import row_scale
 from .base import Constraint
 
 

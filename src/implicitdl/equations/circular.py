@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from math import exp, pi
@@ -12,8 +13,7 @@ from torch import Tensor
 from .._internal.errors import wrong
 from ..activations import RELU, Activation
 from .equilibrium import Equilibrium
-from .linear_maps import EquilibriumAdjoint
-from .map import Explicit
+from .map import Explicit, Linearization, LinearMap, Splittable, by_products, once
 from .resolvent import finite_weights
 
 
@@ -155,17 +155,14 @@ class CircularEquilibrium(Equilibrium):
     def named_weights(self) -> dict[str, Tensor]:
         return {"A": torch.view_as_real(self.map.symbol)}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         return self.activation.phi(self.affine(x.flatten(1))).view_as(x)
 
-    def take(self, rows: Tensor) -> CircularEquilibrium:
-        return CircularEquilibrium(self.map, self.leave(self.b[rows]), self.activation)
+    def rows(self, x: Tensor) -> Tensor:
+        return x.flatten(1).to(self.b.dtype)
 
-    def enter(self, x: Tensor | None) -> Tensor:
-        return (self.after_zero() if x is None else x).flatten(1).to(self.b.dtype)
-
-    def leave(self, x: Tensor) -> Tensor:
-        return x.view(-1, *self._shape)
+    def state(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, *self._shape)
 
     def affine(self, y: Tensor) -> Tensor:
         return self.map(y) + self.b
@@ -176,8 +173,12 @@ class CircularEquilibrium(Equilibrium):
     def bounds(self) -> tuple[float, float]:
         return self.map.bounds()
 
-    def linearize(self, x: Tensor) -> CircularLinearization:  # type: ignore[override]
+    def linearize(self, x: Tensor, slope: Tensor | None = None) -> Linearization:
         return CircularLinearization(self, x)
+
+    def jacobian(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        at = CircularLinearization(self, x)
+        return at.value, once(lambda: by_products(at.vjp, at.value, 1))
 
     def explicit(self) -> Explicit:
         build = partial(_build, shape=self._shape, activation=self.activation)
@@ -189,7 +190,7 @@ def _build(symbol: Tensor, b: Tensor, shape: torch.Size, activation: Activation)
     return CircularEquilibrium(A, b.view(-1, *shape), activation)
 
 
-class CircularLinearization:
+class CircularLinearization(Linearization):
     """φ(A∗x + b) at x: J = diag(φ'(z)) A."""
 
     def __init__(self, f: CircularEquilibrium, x: Tensor) -> None:
@@ -203,15 +204,15 @@ class CircularLinearization:
     def jvp(self, w: Tensor) -> Tensor:
         return self._map(w) * self._slope
 
-    def adjoint_map(self, g: Tensor) -> CircularAdjoint:
+    def adjoint_map(self, g: Tensor) -> LinearMap:
         return CircularAdjoint(self._map.adjoint(), self._slope, g)
 
-    def tangent_map(self, h: Tensor) -> CircularTangent:
+    def tangent_map(self, h: Tensor) -> LinearMap:
         return CircularTangent(self._map, self._slope, h)
 
 
-class CircularAdjoint(EquilibriumAdjoint):
-    """v ↦ g + Aᵀ∗(φ' ∘ v), linear.
+class CircularAdjoint(LinearMap, Splittable):
+    """v ↦ g + Aᵀ∗(φ' ∘ v); y = φ' ∘ v solves y = φ' ∘ (Aᵀ∗y + g).
 
     Arguments:
         A: the convolution in it, which is Aᵀ.
@@ -220,17 +221,27 @@ class CircularAdjoint(EquilibriumAdjoint):
     """
 
     def __init__(self, A: CircularConvolution, slope: Tensor, g: Tensor) -> None:
-        self.map, self.slope, self.g = A, slope, g
-        self.triangular, self.check_interval = False, 1
+        self.map, self.slope, self.constant, self.b = A, slope, g, g
 
-    def __call__(self, v: Tensor) -> Tensor:
-        return self.affine(v * self.slope)
+    def divided(self, unit: Tensor) -> LinearMap:
+        part = copy(self)
+        part.constant, part.b = self.constant / unit, self.b / unit
+        return part
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.map(v * self.slope)
 
     def take(self, rows: Tensor) -> CircularAdjoint:
-        return CircularAdjoint(self.map, self.slope[rows], self.g[rows])
+        return CircularAdjoint(self.map, self.slope[rows], self.constant[rows])
 
     def affine(self, y: Tensor) -> Tensor:
-        return self.map(y) + self.g
+        return self.map(y) + self.b
+
+    def inner(self, v: Tensor) -> Tensor:
+        return v * self.slope
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        return u / (self.slope + alpha * (1 - self.slope))
 
     def resolvent(self, alpha: float) -> CircularConvolution:
         return self.map.resolvent(alpha)
@@ -240,20 +251,20 @@ class CircularAdjoint(EquilibriumAdjoint):
 
 
 class CircularTangent(CircularAdjoint):
-    """w ↦ h + φ' ∘ (A∗w), linear: y = w − h solves y = φ' ∘ (A∗y + A∗h), the adjoint's equation with A for Aᵀ."""
+    """w ↦ h + φ' ∘ (A∗w): y = w − h solves y = φ' ∘ (A∗y + A∗h), the adjoint's equation with A for Aᵀ."""
 
     def __init__(self, A: CircularConvolution, slope: Tensor, h: Tensor) -> None:
         super().__init__(A, slope, A(h))
-        self.h = h
+        self.constant = h
 
-    def __call__(self, w: Tensor) -> Tensor:
-        return torch.addcmul(self.h, self.map(w), self.slope)
+    def product(self, w: Tensor) -> Tensor:
+        return self.map(w) * self.slope
 
     def take(self, rows: Tensor) -> CircularTangent:
-        return CircularTangent(self.map, self.slope[rows], self.h[rows])
+        return CircularTangent(self.map, self.slope[rows], self.constant[rows])
 
     def inner(self, w: Tensor) -> Tensor:
-        return w - self.h
+        return w - self.constant
 
     def prox(self, u: Tensor, alpha: float) -> Tensor:
-        return self.h + self.slope * super().prox(u, alpha)
+        return self.constant + self.slope * super().prox(u, alpha)

@@ -1,34 +1,38 @@
-"""The map x ↦ φ(xAᵀ + b) and its linearisation in closed form.  Rows are samples."""
+"""The map x ↦ φ(xAᵀ + b), its Jacobian in closed form, and the linear equations of its derivative, in rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._internal.context import only_numbers
+from .._internal.context import batched_by_autograd, plain
 from ..activations import RELU, Activation
-from ..kernels import sweeps as kernel
-from ..kernels.pull import pull
-from ..kernels.sweeps import Swept
-from .linear_maps import EquilibriumAdjoint, EquilibriumTangent
-from .map import Explicit, check_interval
+from ..kernels import loops as kernel
+from ..kernels.loops import Swept
+from .map import Explicit, Linearization, LinearMap, Splittable
 from .resolvent import bounds, resolvent
+from .scaling import scale_rows, scale_rows_vjp
 from .triangular import substitute
-from .weights import Given, ScaledRows, Weight
 
 
-class Equilibrium:
+class Equilibrium(Splittable):
     """x ↦ φ(xAᵀ + b), for states in rows.
 
     Arguments:
-        A: (n, n) weights, there or still to be made.
+        A: (n, n) weights.
         b: (batch, n) input term uBᵀ + bias.
         activation: φ.
         triangular: A is strictly upper triangular, so that one substitution solves x = φ(xAᵀ + b).
+        radius: A is made of the given weights by `scale_rows` onto the ℓ1 ball of this radius.  A compiled solve, which
+            reads the weights anyway, makes it on the way; gradients go to the given weights.
+
+    Attributes:
+        source: the weights as they were given.
+        scaled: after a compiled solve that has scaled them: A, the weights that were read, and the factors (n, 1).
 
     Example:
         >>> import torch
@@ -39,105 +43,118 @@ class Equilibrium:
     """
 
     def __init__(
-        self, A: Tensor | Weight, b: Tensor, activation: Activation = RELU, *, triangular: bool = False
+        self,
+        A: Tensor,
+        b: Tensor,
+        activation: Activation = RELU,
+        *,
+        triangular: bool = False,
+        radius: float | None = None,
     ) -> None:
-        # Under autocast b comes out of a product in the lower precision; A is cast once, not once a sweep.
-        weight = Given(A) if isinstance(A, Tensor) else A
-        self.weight: Weight = weight if weight.source.dtype == b.dtype else Given(weight.value.to(b.dtype))
-        self.b, self.activation, self.triangular = b, activation, triangular
-        self.check_interval = check_interval(weight.source.shape[0])
+        if A.dtype != b.dtype:
+            # Under autocast b comes out of a product in the lower precision; A is cast once, not once a sweep.
+            A, radius = (A if radius is None else scale_rows(A, radius)).to(b.dtype), None
+        self.source, self.radius, self.b = A, radius, b
+        self.activation, self.triangular = activation, triangular
+        self.check_interval = check_interval(A.shape[0])
+        self.scaled: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @cached_property
+    def A(self) -> Tensor:
+        """(n, n), with its graph, even where the first to ask has no use for one."""
+        if self.radius is None:
+            return self.source
+        with torch.enable_grad():
+            return scale_rows(self.source, self.radius)
 
     @property
-    def A(self) -> Tensor:
-        return self.weight.value
+    def numbers(self) -> Tensor:
+        """A without a graph."""
+        return self.A.detach() if self.scaled is None else self.scaled[0]
 
     @property
     def named_weights(self) -> dict[str, Tensor]:
-        """What f is made of besides b, as the user gave it."""
-        return {"A": self.weight.source}
+        return {"A": self.source}
 
     @property
-    def _At(self) -> Tensor:
-        # Not kept: a view that is made without grad has none later.
-        return self.A.t()
+    def any_step(self) -> bool:  # type: ignore[override]
+        return self.activation.homogeneous
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.activation.phi(torch.addmm(self.b, x, self._At))
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.activation.name
+
+    @property
+    def closed_form(self) -> bool:
+        return True
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.activation.phi(self.affine(x))
+
+    def affine(self, y: Tensor) -> Tensor:
+        return torch.addmm(self.b, y, self.A.t())
 
     def after_zero(self) -> Tensor:
         """f(0), for the price of φ alone: the start that saves an evaluation."""
         return self.activation.phi(self.b.detach())
 
     def take(self, rows: Tensor) -> Equilibrium:
-        return Equilibrium(self.weight, self.b[rows], self.activation, triangular=self.triangular)
-
-    def sweeps(self, x: Tensor | None, *settings: Any) -> Swept | None:
-        """Every row iterated from x by the compiled loop, where there is one for this φ and place."""
-        phi = self.activation.compiled
-        # A subclass is another map.
-        if phi is None or type(self) is not Equilibrium:
-            return None
-        weight = self.weight
-        swept = kernel.sweeps(weight.source, weight.radius, self.b, x, phi, None, *settings)
-        if swept is not None and swept.scaled is not None and isinstance(weight, ScaledRows):
-            weight.made(*swept.scaled)
-        return swept
-
-    def linearize(self, x: Tensor, slope: Tensor | None = None) -> EquilibriumLinearization:
-        """At x, where a solve may have left φ' for nothing."""
-        return EquilibriumLinearization(self, x, slope)
+        part = copy(self)
+        part.b = self.b[rows]
+        return part
 
     def explicit(self) -> Explicit:
         build = partial(Equilibrium, activation=self.activation, triangular=self.triangular)
         return Explicit(build, (self.A,), (self.b,))
 
-    def problem(self) -> Any:
-        """The map to iterate, with `enter` and `leave` between its state and x."""
-        return self
+    def sweep(self, x: Tensor | None, *settings: float) -> Swept | None:
+        phi = self.activation.compiled
+        # A subclass that evaluates otherwise is another map.
+        if phi is None or self.triangular or type(self).__call__ is not Equilibrium.__call__:
+            return None
+        swept = kernel.sweeps(self.source, self.radius, self.b, x, phi, None, *settings)  # type: ignore[arg-type]
+        if swept is not None and swept.scaled is not None:
+            # The numbers that were read: before backward, `Module.to` may give a parameter others, of another dtype.
+            self.scaled = swept.scaled[0], self.source.detach(), swept.scaled[1]
+        return swept
 
-    def enter(self, x: Tensor | None) -> Tensor | None:
-        """The state that x is; None, which is f(0), may stay what it is."""
-        return x
+    def linearize(self, x: Tensor, slope: Tensor | None = None) -> Linearization | None:
+        if slope is not None and not (self.source.requires_grad or self.b.requires_grad):
+            return None
+        return EquilibriumLinearization(self, x, slope)
 
-    def leave(self, x: Tensor) -> Tensor:
-        return x
-
-    def affine(self, y: Tensor) -> Tensor:
-        return torch.addmm(self.b, y, self._At)
-
-    def inner(self, x: Tensor) -> Tensor:
-        return x
+    def jacobian(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        at = EquilibriumLinearization(self, x)
+        # Of the rows asked for only: all of them together may not fit into memory.
+        return at.value, lambda rows: at.slope[rows].unsqueeze(2) * self.numbers
 
     def prox(self, u: Tensor, alpha: float) -> Tensor:
         return self.activation.prox(u, alpha)
 
     def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
-        return resolvent(self.weight.numbers, alpha)
+        return resolvent(self.numbers, alpha)
 
     def bounds(self) -> tuple[float, float]:
-        return bounds(self.weight.numbers)
+        return bounds(self.numbers)
 
-    def substitute(self) -> Tensor | None:
-        """The solution by one pass of back substitution, exact; None when A is not triangular."""
-        if not self.triangular:
-            return None
+    def substitute(self) -> Tensor:
         phi = self.activation.phi
-        return substitute(self._At, self.b, lambda z, _: phi(z), backwards=True)
+        return substitute(self.A.t(), self.b, lambda z, _: phi(z), backwards=True)
 
 
-class EquilibriumLinearization:
-    """φ(xAᵀ + b) at x: J = diag(φ'(z)) A in closed form, in place of autograd products."""
+class EquilibriumLinearization(Linearization):
+    """φ(xAᵀ + b) at x: J = diag(φ'(z)) A in closed form."""
 
     def __init__(self, f: Equilibrium, x: Tensor, slope: Tensor | None = None) -> None:
         self._f, self._x, self._slope = f, x, slope
-        # What the value depends on, where `pull` does the work of its graph.
-        self.weights = None if slope is None else (f.weight.source, f.b)
         if slope is None:
-            z = torch.addmm(f.b, x, f._At)
+            z = f.affine(x)
             self.value, self._z = f.activation.phi(z), z.detach()
+        else:
+            self.weights = f.source, f.b
 
     @cached_property
-    def value(self) -> Tensor:
+    def value(self) -> Tensor:  # type: ignore[override]
         return self._f(self._x)
 
     @property
@@ -147,28 +164,120 @@ class EquilibriumLinearization:
             self._slope = self._f.activation.dphi(self._z)
         return self._slope
 
-    def pull(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The cotangents of `weights` that a cotangent v of the value at x makes."""
-        weight = self._f.weight
-        if only_numbers(v):
-            pulled = pull(v, self.slope, x, *weight.scaling())
+    def pull(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        f, slope, rows, scale = self._f, self.slope, None, None
+        if f.scaled is not None:
+            _, rows, scale = f.scaled
+        if plain() and not torch.is_grad_enabled() and not batched_by_autograd(v):
+            pulled = kernel.pull(v, slope, x, rows, scale, f.radius or 0.0)
             if pulled is not None:
                 return pulled
-        w = v * self.slope
-        return weight.pull(w.t() @ x), w
-
-    def jacobian(self, rows: Tensor) -> Tensor:
-        """J of the samples ``rows``, (len(rows), n, n)."""
-        return self.slope[rows].unsqueeze(2) * self._f.weight.numbers
+        w = v * slope
+        g = w.t() @ x
+        if rows is None or scale is None or f.radius is None:
+            return g, w
+        return scale_rows_vjp(f.source if torch.is_grad_enabled() else rows, scale, g, f.radius), w
 
     def vjp(self, v: Tensor) -> Tensor:
-        return (v * self.slope) @ self._f.weight.numbers
+        return (v * self.slope) @ self._f.numbers
 
     def jvp(self, w: Tensor) -> Tensor:
-        return (w @ self._f.weight.numbers.t()) * self.slope
+        return (w @ self._f.numbers.t()) * self.slope
 
-    def adjoint_map(self, g: Tensor) -> EquilibriumAdjoint:
-        return EquilibriumAdjoint(self._f.weight.numbers, self.slope, g, self._f.triangular)
+    def adjoint_map(self, g: Tensor) -> LinearMap:
+        return EquilibriumAdjoint(self._f.numbers, self.slope, g, self._f.triangular)
 
-    def tangent_map(self, h: Tensor) -> EquilibriumTangent:
-        return EquilibriumTangent(self._f.weight.numbers, self.slope, h, self._f.triangular)
+    def tangent_map(self, h: Tensor) -> LinearMap:
+        return EquilibriumTangent(self._f.numbers, self.slope, h, self._f.triangular)
+
+
+class EquilibriumAdjoint(LinearMap, Splittable):
+    """v ↦ g + (v ∘ φ') A.
+
+    y = φ' ∘ v solves y = φ' ∘ (yA + g), whose "activation" z ↦ φ' ∘ z has slopes in [0, 1] like φ: splitting serves
+    it as it serves the equilibrium, with Aᵀ in place of A.
+    """
+
+    def __init__(self, A: Tensor, slope: Tensor, g: Tensor, triangular: bool) -> None:
+        self.A, self.slope, self.constant, self.b, self.triangular = A, slope, g, g, triangular
+        self.check_interval = check_interval(A.shape[0])
+
+    def divided(self, unit: Tensor) -> LinearMap:
+        part = copy(self)
+        part.constant, part.b = self.constant / unit, self.b / unit
+        return part
+
+    def product(self, v: Tensor) -> Tensor:
+        return (v * self.slope) @ self.A
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        return torch.addmm(self.constant, v * self.slope, self.A)
+
+    def take(self, rows: Tensor) -> EquilibriumAdjoint:
+        return EquilibriumAdjoint(self.A, self.slope[rows], self.constant[rows], self.triangular)
+
+    def sweep(self, v: Tensor | None, *settings: float) -> Swept | None:
+        if self.triangular:
+            return None
+        return kernel.sweeps(self.A.t(), None, self.b, v, kernel.SLOPE, self.slope, *settings)  # type: ignore[arg-type]
+
+    def affine(self, y: Tensor) -> Tensor:
+        return torch.addmm(self.b, y, self.A)
+
+    def inner(self, v: Tensor) -> Tensor:
+        return v * self.slope
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        """The v with φ' ∘ v = φ' u / (φ' + α(1 − φ')), and v = u at α = 1 whatever φ'."""
+        return u / (self.slope + alpha * (1 - self.slope))
+
+    def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
+        return resolvent(self.A.t(), alpha)
+
+    def bounds(self) -> tuple[float, float]:
+        return bounds(self.A)
+
+    def substitute(self) -> Tensor:
+        # In s = v ∘ φ' the equation reads s = φ' ∘ (sA + g), a substitution in the other direction.
+        slope = self.slope
+        s = substitute(self.A, self.b, lambda z, i: z * slope[:, i], backwards=False)
+        return torch.addmm(self.b, s, self.A)
+
+
+class EquilibriumTangent(EquilibriumAdjoint):
+    """w ↦ h + φ' ∘ (wAᵀ): y = w − h solves y = φ' ∘ (yAᵀ + hAᵀ), the adjoint's equation with A transposed."""
+
+    def __init__(self, A: Tensor, slope: Tensor, h: Tensor, triangular: bool) -> None:
+        super().__init__(A.t(), slope, h @ A.t(), triangular)
+        self.constant = h
+
+    def product(self, w: Tensor) -> Tensor:
+        return (w @ self.A) * self.slope
+
+    def __call__(self, w: Tensor, /) -> Tensor:
+        return torch.addcmul(self.constant, w @ self.A, self.slope)
+
+    def take(self, rows: Tensor) -> EquilibriumTangent:
+        return EquilibriumTangent(self.A.t(), self.slope[rows], self.constant[rows], self.triangular)
+
+    def sweep(self, v: Tensor | None, *settings: float) -> Swept | None:
+        return None
+
+    def inner(self, w: Tensor) -> Tensor:
+        return w - self.constant
+
+    def prox(self, u: Tensor, alpha: float) -> Tensor:
+        return self.constant + self.slope * super().prox(u, alpha)
+
+    def substitute(self) -> Tensor:
+        slope = self.slope
+        return self.constant + substitute(self.A, self.b, lambda z, i: z * slope[:, i], backwards=True)
+
+
+def check_interval(n: int) -> int:
+    """Sweeps between two checks of a dense model of n states; whatever the batch, on which no sample's end depends.
+
+    A check is some twenty small operations whose price hardly depends on n; a sweep costs 2n² flops a sample.  On a
+    small model a wasted sweep is the cheaper of the two, on a large one the check is.
+    """
+    return 4 if n <= 128 else 3 if n <= 512 else 1

@@ -46,7 +46,6 @@ class Frozen:
         self._f = f
         self._modules = list(modules_of(f))
         self._first = True
-        self.root = bool(getattr(f, "root", False))
         # The generators before the first evaluation; None where it drew nothing.
         self._noise: list[Tensor] | None = None
         self._drawn: list[Tensor] = []  # and after it

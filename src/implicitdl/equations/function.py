@@ -1,9 +1,9 @@
-"""f on states of any shape, or on tuples of them, as a map of rows."""
+"""The user's f on states of any shape, or on tuples of them, as a map of rows; a coupled batch as one row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
 from itertools import accumulate
 from math import prod
 from typing import Any, TypeAlias
@@ -14,29 +14,25 @@ from torch import Tensor
 from .._internal.context import autocast_dtype
 from .contract import Contract
 from .frozen import Frozen
+from .map import LinearMap, Map
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-class RowsOf:
+class FunctionMap(Map):
     """x ↦ f(x, \\*args) on rows, one a sample.
 
-    Where f closes over data of the whole batch, it cannot take some of the samples.  That is found out by its first
-    failure to: from then on it is given the whole batch, the samples that have left in the state in which they did.
+    Where f closes over data of the whole batch, it cannot take some of the samples.  Its first failure to do so shows
+    it: from then on f is given the whole batch, in which the samples that have left stand still.
 
     Arguments:
         who: the caller, for errors.
         f: ``f(x, *args)``.
         like: a state, for its shapes.
         args: tensors (batch, ...).
-        independent: the promise that no sample influences another, which is not looked at then.
-        contract: what f is held to in the solve that these rows are part of; one of their own when left out.
-
-    Attributes:
-        precision: that of autocast, under which values of float32 have fewer digits than they show; None outside.
+        independent: the user's promise that no sample influences another, so that nobody looks.
+        root: f is −g of a root problem g(x, *args) = 0.
     """
-
-    check_interval = 1  # nothing is known of f: it may cost far more than a look at the residual
 
     def __init__(
         self,
@@ -45,91 +41,73 @@ class RowsOf:
         like: State,
         args: tuple[Tensor, ...],
         independent: bool = False,
-        part_of: _PartOf | None = None,
-        contract: Contract | None = None,
+        root: bool = False,
     ) -> None:
-        self._who, self._args, self.independent = who, args, independent
-        self._part_of = part_of
-        self._divisible = True
-        self._last: Tensor | None = None
+        self._args, self.independent = args, independent
         self._f = f if isinstance(f, Frozen) else Frozen(f)
-        # Whether f is −g of a root problem, and not a map with a fixed point.
-        self.root = self._f.root
-        self._contract = Contract(who) if contract is None else contract
+        self._contract = Contract(who)
+        self.root = root
+        parts = like if isinstance(like, tuple) else (like,)
+        self._shapes = [part.shape[1:] for part in parts]
         self._build: Callable[..., Any] | None = None  # of a NamedTuple, f is given one
         if isinstance(like, tuple):
             self._build = getattr(like, "_make", tuple)
-        parts = like if isinstance(like, tuple) else (like,)
-        self._shapes = [part.shape[1:] for part in parts]
+            ends = list(accumulate(prod(shape) for shape in self._shapes))
+            self.parts = (
+                tuple(slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)) if len(parts) > 1 else None
+            )
         self.precision = autocast_dtype(parts[0].device)
+        # The whole batch as it was last evaluated, and the places of these rows in it, until f has taken fewer.
+        self._last: Tensor | None = None
+        self._whole: tuple[FunctionMap, Tensor, Tensor] | None = None
+        self._divisible = True
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        self._last = rows.detach()  # without its graph, which may hold these rows
-        if self._part_of is None:
-            return self._evaluate(rows)
+    def __call__(self, x: Tensor, /) -> Tensor:
+        self._last = x.detach()  # without its graph, which may hold these rows
+        if self._whole is None:
+            return self._evaluate(x)
         if self._divisible:
             try:
-                fx = self._evaluate(rows)
+                fx = self._evaluate(x)
             except Exception:  # whatever f raises: if it is not for the lack of samples, it raises it once more
                 self._divisible = False
             else:
-                self._part_of = None
+                self._whole = None
                 return fx
-        return self._part_of(rows)
+        whole, batch, places = self._whole
+        return whole._evaluate(batch.to(x.dtype).index_copy(0, places, x)).index_select(0, places)
 
     def _evaluate(self, rows: Tensor) -> Tensor:
-        return self._pack(self._contract(self._f, self.leave(rows), self._args))
+        return self.rows(self._contract(self._f, self.state(rows), self._args))
 
-    def take(self, rows: Tensor) -> RowsOf | None:
+    def take(self, rows: Tensor) -> FunctionMap | None:
         if not (self._args and self._divisible and self._f.divisible):
             return None
-        part_of = None if self._last is None else _PartOf(self._evaluate, self._last, rows)
-        parts = tuple(rows.new_empty((0, *shape)) for shape in self._shapes)
-        args = tuple(arg.index_select(0, rows) for arg in self._args)
-        like = self._build(parts) if self._build else parts[0]
-        return RowsOf(self._who, self._f, like, args, self.independent, part_of, self._contract)
+        part = copy(self)
+        part._args = tuple([arg.index_select(0, rows) for arg in self._args])
+        part._whole = None if self._last is None else (self, self._last, rows)
+        part._last = None
+        return part
 
-    @property
-    def parts(self) -> tuple[slice, ...] | None:
-        """The columns of each part of the state; None where it has one."""
-        if len(self._shapes) == 1:
-            return None
-        sizes = [prod(shape) for shape in self._shapes]
-        return tuple(slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
+    def rows(self, x: State) -> Tensor:
+        if isinstance(x, Tensor):
+            return x.reshape(len(x), -1)
+        flat = [part.reshape(len(part), -1) for part in x]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
-    def enter(self, x: State) -> Tensor:
-        return self._pack(x if isinstance(x, tuple) else (x,))
-
-    def leave(self, rows: Tensor) -> State:
+    def state(self, rows: Tensor) -> State:
         if self._build is None:
             return rows.view(-1, *self._shapes[0])
         parts = rows.split([prod(shape) for shape in self._shapes], 1)
-        state: State = self._build(part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
+        state: State = self._build([part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)])
         return state
 
-    def settle(self) -> None:
-        """The solve is over: f's running statistics are those of its last evaluation."""
+    def commit_buffers(self) -> None:
+        """The solve is over: running statistics inside f take the values of its last evaluation."""
         self._f.settle()
 
-    def _pack(self, parts: tuple[Tensor, ...]) -> Tensor:
-        flat = [part.reshape(part.shape[0], -1) for part in parts]
-        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
-
-@dataclass(frozen=True)
-class _PartOf:
-    """Some rows of a map of the whole batch, the others standing still."""
-
-    whole: Callable[[Tensor], Tensor]
-    others: Tensor
-    places: Tensor
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        batch = self.others.to(rows.dtype).index_copy(0, self.places, rows)
-        return self.whole(batch).index_select(0, self.places)
-
-
-class OneRow:
+class OneRow(Map):
     """A map of rows on one row that holds them all: the map of a batch that has one fixed point, and not one a sample.
 
     Where samples influence one another, the Jacobian has blocks between them, and a sample that has converged moves on
@@ -140,35 +118,19 @@ class OneRow:
         samples: how many rows it maps.
     """
 
-    def __init__(self, f: Any, samples: int) -> None:
+    def __init__(self, f: Map, samples: int) -> None:
         self.f, self.samples = f, samples
-        self.check_interval: int = f.check_interval
-        self.precision: torch.dtype | None = f.precision
-        self.root, self.linear = bool(getattr(f, "root", False)), bool(getattr(f, "linear", False))
+        self.check_interval, self.precision, self.root = f.check_interval, f.precision, f.root
+        if f.parts is not None:  # the columns of each part are those of every sample
+            columns = torch.arange(samples * f.parts[-1].stop, device="cpu").view(samples, -1)  # type: ignore[union-attr]
+            self.parts = tuple(columns[:, part].flatten() for part in f.parts)
 
-    @property
-    def parts(self) -> tuple[Tensor, ...] | None:
-        """The columns of each part of the state, which are those of every sample."""
-        parts = getattr(self.f, "parts", None)
-        if parts is None:
-            return None
-        columns = torch.arange(self.samples * parts[-1].stop, device="cpu").view(self.samples, -1)
-        return tuple(columns[:, part].flatten() for part in parts)
+    @staticmethod
+    def of(f: Map, samples: int) -> OneRow:
+        return _LinearOneRow(f, samples) if isinstance(f, LinearMap) else OneRow(f, samples)
 
-    @property
-    def constant(self) -> Tensor:
-        """Of a linear map, its value at 0."""
-        return self.together(self.f.constant)
-
-    def product(self, row: Tensor) -> Tensor:
-        """Of a linear map, its product with a row."""
-        return self.together(self.f.product(self.apart(row)))
-
-    def __call__(self, row: Tensor) -> Tensor:
-        return self.together(self.f(self.apart(row)))
-
-    def take(self, rows: Tensor) -> None:
-        """One row is not divided."""
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.together(self.f(self.apart(x)))
 
     def together(self, rows: Tensor) -> Tensor:
         return rows.reshape(1, -1)
@@ -176,29 +138,51 @@ class OneRow:
     def apart(self, row: Tensor) -> Tensor:
         return row.view(self.samples, -1)
 
-    def enter(self, x: State) -> Tensor:
-        return self.together(self.f.enter(x))
+    def rows(self, x: State) -> Tensor:
+        return self.together(self.f.rows(x))
 
-    def leave(self, row: Tensor) -> State:
-        state: State = self.f.leave(self.apart(row))
+    def state(self, rows: Tensor) -> State:
+        state: State = self.f.state(self.apart(rows))
         return state
 
-    def settle(self) -> None:
-        self.f.settle()
+    def commit_buffers(self) -> None:
+        assert isinstance(self.f, FunctionMap), "of a map of the user's"
+        self.f.commit_buffers()
 
 
-def rows_of(
-    who: str, f: Callable[..., State], like: State, args: tuple[Tensor, ...], coupled: bool | None = None
-) -> RowsOf | OneRow:
-    """f as a map of rows: one for the whole batch where it is coupled, or normalises by statistics of the batch.
+class _LinearOneRow(OneRow, LinearMap):
+    """The same of a linear map."""
+
+    f: LinearMap
+
+    @property
+    def constant(self) -> Tensor:  # type: ignore[override]
+        return self.together(self.f.constant)
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.together(self.f.product(self.apart(v)))
+
+    def divided(self, unit: Tensor) -> LinearMap:
+        return _LinearOneRow(self.f.divided(unit), self.samples)
+
+
+def function_map(
+    who: str,
+    f: Callable[..., State],
+    like: State,
+    args: tuple[Tensor, ...],
+    coupled: bool | None = None,
+    root: bool = False,
+) -> FunctionMap | OneRow:
+    """f as a map of rows: one row for the whole batch where it is coupled, or normalises by statistics of the batch.
 
     Arguments:
-        who, f, like, args: as for `RowsOf`.
+        who, f, like, args, root: as for `FunctionMap`.
         coupled: whether samples influence one another; None looks for batch norm in training, and False promises
             that they do not.
     """
     frozen = f if isinstance(f, Frozen) else Frozen(f)
-    rows = RowsOf(who, frozen, like, args, independent=coupled is False)
+    rows = FunctionMap(who, frozen, like, args, coupled is False, root)
     if coupled is None:
-        coupled = frozen.look(lambda: rows(rows.enter(like)))
+        coupled = frozen.look(lambda: rows(rows.rows(like)))
     return OneRow(rows, len(like[0] if isinstance(like, tuple) else like)) if coupled else rows

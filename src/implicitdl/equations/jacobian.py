@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._internal.errors import open_unit, positive_int, wrong
 from ..solution import ImplicitFunctionWarning
-from .function import State, rows_of
-from .linearize import vjp
+from .function import State, function_map
+from .map import vjp
 
 
 def jacobian_regularization(
@@ -142,8 +142,8 @@ class _Transposed:
                 got = tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__
                 do = "Give those that the solve had; let f close over weights."
                 raise wrong(who, f"args to be tensors of shape (batch={batch}, ...), as x has it", got, do)
-        problem = rows_of(who, f, x, args)
-        rows = problem.enter(x)
+        problem = function_map(who, f, x, args)
+        rows = problem.rows(x)
         self._rows = rows if rows.requires_grad else rows.detach().clone().requires_grad_()
         with torch.enable_grad():
             self._value = problem(self._rows.clone())  # on a leaf, autograd itself would stop an f in place

@@ -1,40 +1,13 @@
-"""What operator splitting needs of a map: y = prox_f(Wy + b) with I − W monotone, and its resolvent."""
+"""The resolvent of a dense matrix and the bounds of its monotonicity, for operator splitting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .._internal.errors import finite
-
-
-class MonotoneMap(Protocol):
-    """A map x ↦ f(x) of rows in the form f(x) = prox(affine(inner(x)), 1).
-
-    Its own variable is x, and the problem that splitting solves is stated in y = inner(x).  In an equilibrium they
-    are the same; in an adjoint y = φ' ∘ x.  A map that has an ``activation`` which is not positively homogeneous
-    offers its prox at alpha = 1 only.
-    """
-
-    b: Tensor
-
-    def affine(self, y: Tensor) -> Tensor:
-        """Wy + b."""
-
-    def inner(self, x: Tensor) -> Tensor:
-        """y of x."""
-
-    def prox(self, u: Tensor, alpha: float) -> Tensor:
-        """The x whose y is (I + α∂f)⁻¹u."""
-
-    def resolvent(self, alpha: float) -> Callable[[Tensor], Tensor]:
-        """rhs ↦ (I + α(I − W))⁻¹ rhs."""
-
-    def bounds(self) -> tuple[float, float]:
-        """(m, L): I − W ⪰ mI and ‖I − W‖₂ ≤ L."""
 
 
 def finite_weights(W: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 #include "vectors.h"
 
 /* A block of a state stays in cache while the memory passes by; a sum of its products in REAL is added up in double. */
-enum { BLOCK = 256, MOST = 32, WIDE = 4 };
+enum { BLOCK = 256, MOST = 32, SPAN = 4 };
 
 typedef struct {
     ptrdiff_t batch, d, room, held; /* m, the side of the Gram matrices; how many earlier vectors there are, ≤ m */
@@ -18,7 +18,7 @@ typedef struct {
     int64_t *depth;                      /* (batch,)  how many differences there are since then */
     double growth, damping, ridge;
     int32_t threads;
-} Problem;
+} Memory;
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
@@ -26,7 +26,7 @@ static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
    With a constant width the sums stay in registers. */
 static inline __attribute__((always_inline)) void products_of(
     int width, const REAL *u, const REAL *v, REAL *const r[], ptrdiff_t n, double *ud, double *vd) {
-    Vector with_u[WIDE] = {{0}}, with_v[WIDE] = {{0}};
+    Vector with_u[SPAN] = {{0}}, with_v[SPAN] = {{0}};
     ptrdiff_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         Vector here = AT(r[0] + i);
@@ -75,16 +75,16 @@ static void subtract(int width, REAL *x, const REAL *gamma, REAL *const a[], ptr
     else subtract_of(1, x, gamma, a, n);
 }
 
-/* Where the block that begins at ``start`` is in up to WIDE + 1 of a sample's vectors, from number j on. */
-static int block_of(const Problem *p, REAL *const *vectors, ptrdiff_t j, ptrdiff_t end, ptrdiff_t start, REAL **block) {
-    int width = (int)least(WIDE, end - j);
+/* Where the block that begins at ``start`` is in up to SPAN + 1 of a sample's vectors, from number j on. */
+static int block_of(const Memory *p, REAL *const *vectors, ptrdiff_t j, ptrdiff_t end, ptrdiff_t start, REAL **block) {
+    int width = (int)least(SPAN, end - j);
     for (int i = 0; i <= width; i++) block[i] = vectors[(j + i) * p->batch] + start;
     return width;
 }
 
 /* r = f(x) − x of a sample, the norms, and what is new in the Gram matrix of the differences and in their products
    with r. */
-static void look_at(const Problem *p, ptrdiff_t sample) {
+static void look_at(const Memory *p, ptrdiff_t sample) {
     ptrdiff_t m = p->room;
     REAL *const *r = p->r + sample, *const *f = p->f + sample;
     double *gram = p->gram + sample * m * m, *along = p->along + sample * m, newest[MOST] = {0}, change = 0, size = 0;
@@ -92,7 +92,7 @@ static void look_at(const Problem *p, ptrdiff_t sample) {
     for (ptrdiff_t start = 0; start < p->d; start += BLOCK) {
         ptrdiff_t n = least(BLOCK, p->d - start), i = 0;
         const REAL *x = p->x + sample * p->d + start, *fx = f[0] + start, *last = p->held ? r[p->batch] + start : x;
-        REAL *present = r[0] + start, newest_difference[BLOCK], *block[WIDE + 1];
+        REAL *present = r[0] + start, newest_difference[BLOCK], *block[SPAN + 1];
         Vector changes = {0}, sizes = {0};
         for (; i + LANES <= n; i += LANES) {
             Vector fx_i = AT(fx + i), r_i = fx_i - AT(x + i);
@@ -109,7 +109,7 @@ static void look_at(const Problem *p, ptrdiff_t sample) {
             change += present[i] * present[i];
             size += fx[i] * fx[i];
         }
-        for (ptrdiff_t j = 0; j < p->held; j += WIDE) {
+        for (ptrdiff_t j = 0; j < p->held; j += SPAN) {
             int width = block_of(p, r, j, p->held, start, block);
             products(width, newest_difference, present, block, n, &newest[j], &along[j]);
         }
@@ -123,7 +123,7 @@ static void look_at(const Problem *p, ptrdiff_t sample) {
 
 /* γ of argmin ‖r − Σ γ_j d_j‖ over the newest k differences, in columns of length 1 with a ridge; 0 where they are
    degenerate beyond it, which is the plain step. */
-static void least_squares(const Problem *p, const double *gram, const double *along, ptrdiff_t k, double *gamma) {
+static void least_squares(const Memory *p, const double *gram, const double *along, ptrdiff_t k, double *gamma) {
     double L[MOST][MOST], scale[MOST];
     for (ptrdiff_t i = 0; i < k; i++) scale[i] = gram[i * p->room + i] > 0 ? 1 / sqrt(gram[i * p->room + i]) : 0;
     for (ptrdiff_t i = 0; i < k; i++) {
@@ -148,7 +148,7 @@ static void least_squares(const Problem *p, const double *gram, const double *al
 }
 
 /* x ← f(x) − (1 − β) r − Σ γ_j (Δf_j − (1 − β) d_j). */
-static void step_from(const Problem *p, ptrdiff_t sample) {
+static void step_from(const Memory *p, ptrdiff_t sample) {
     double size = p->sizes[sample], solution[MOST];
     /* A residual that has grown, or is NaN: the memory is dropped, and the difference to it with it. */
     int restart = !(size <= p->growth * p->best[sample]);
@@ -159,11 +159,11 @@ static void step_from(const Problem *p, ptrdiff_t sample) {
     for (ptrdiff_t j = 0; j < k; j++) gamma[j] = solution[j], damped[j] = -gamma[j] * undamped;
     for (ptrdiff_t start = 0; start < p->d; start += BLOCK) {
         ptrdiff_t n = least(BLOCK, p->d - start);
-        REAL *x = p->next + sample * p->d + start, *block[WIDE + 1];
+        REAL *x = p->next + sample * p->d + start, *block[SPAN + 1];
         memcpy(x, f[0] + start, n * sizeof(REAL));
         if (undamped != 0)
             for (ptrdiff_t i = 0; i < n; i++) x[i] -= undamped * r[0][start + i];
-        for (ptrdiff_t j = 0; j < k; j += WIDE) {
+        for (ptrdiff_t j = 0; j < k; j += SPAN) {
             int width = block_of(p, f, j, k, start, block);
             subtract(width, x, &gamma[j], block, n);
             if (undamped == 0) continue;
@@ -173,12 +173,12 @@ static void step_from(const Problem *p, ptrdiff_t sample) {
     }
 }
 
-void look(const Problem *p) {
+void look(const Memory *p) {
 #pragma omp parallel for num_threads(p->threads) schedule(dynamic)
     for (ptrdiff_t sample = 0; sample < p->batch; sample++) look_at(p, sample);
 }
 
-void step(const Problem *p) {
+void step(const Memory *p) {
 #pragma omp parallel for num_threads(p->threads) schedule(dynamic)
     for (ptrdiff_t sample = 0; sample < p->batch; sample++) step_from(p, sample);
 }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import library, reachable, threads
+from .loops import loops, reachable, threads
 
 _MOST = 32  # differences, in anderson.c
 
@@ -49,7 +49,7 @@ class Memory:
         """An empty one for states like x, (batch, d); None where torch has to do it."""
         if torch.is_grad_enabled() or memory > _MOST or not reachable(x) or x.dim() != 2:
             return None
-        if library("anderson", x.dtype) is None:
+        if loops(x.dtype) is None:
             return None
         batch, nowhere = len(x), np.empty((0, len(x)), np.uintp)
         # Numpy asks the system for large pages, of which a solve then faults in a few and not thousands.
@@ -108,7 +108,7 @@ class Memory:
             self.depth.data_ptr(), self.growth, self.damping, 10 * torch.finfo(x.dtype).eps,
             min(batch, threads(batch * d)),
         )  # fmt: skip
-        compiled = library("anderson", x.dtype)
+        compiled = loops(x.dtype)
         assert compiled is not None, "asked for at the beginning"
         compiled[function](ctypes.byref(problem))
 

@@ -10,8 +10,6 @@ import torch
 from ..activations import COMPILED
 from .build import REAL, BuildError, Kernel, find, switched_off
 
-_LOOPS = ("sweeps", "pull", "rows", "anderson")
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -67,14 +65,14 @@ def backend() -> Backend:
     """
     if switched_off():
         return Backend("torch", "IMPLICITDL_KERNELS=0 is set")
-    loops = {dtype: [find(name, dtype) for name in _LOOPS] for dtype in REAL}
-    dtypes = tuple(dtype for dtype, found in loops.items() if all(isinstance(loop, Kernel) for loop in found))
-    every = [loop for found in loops.values() for loop in found]
-    problem = next((loop for loop in every if isinstance(loop, BuildError)), None)
+    found = {dtype: find(dtype) for dtype in REAL}
+    kernels = {dtype: kernel for dtype, kernel in found.items() if isinstance(kernel, Kernel)}
+    problem = next((loop for loop in found.values() if isinstance(loop, BuildError)), None)
+    dtypes = tuple(kernels)
     if not dtypes:
         assert problem is not None
         return Backend("torch", f"{problem.why}. {problem.do}.")
-    kernel = next(loop for loop in loops[dtypes[0]] if isinstance(loop, Kernel))
+    kernel = kernels[dtypes[0]]
     outside = kernel.outside
     why = f"compiled anew in every process, since {outside.why}. {outside.do}." if outside else "the loops are in place"
     if problem is not None:

@@ -14,52 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from . import cache, compiler
 from .compiler import BuildError
 
 REAL = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
-_DENSE = (Tensor, nn.Parameter)
-# Fewer products are made before a second thread has woken up.
-_WORTH_A_THREAD = 1 << 16
-
-
-def threads(work: int, parts: int | None = None) -> int:
-    """How many are worth having for so many multiplications, in so many parts, of those that torch may use."""
-    worth = work // _WORTH_A_THREAD if parts is None else min(work // _WORTH_A_THREAD, parts)
-    return 1 if _forked else max(1, min(torch.get_num_threads(), worth))
-
-
-# Threads do not outlive a fork, but OpenMP would wait for them for ever.
-_forked: list[bool] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _forked.append(True))
-
-
-def reachable(*tensors: Tensor) -> bool:
-    """Whether all numbers lie in this machine's memory, in one precision, and nobody listens to what is done."""
-    dtype = tensors[0].dtype
-    # A tracer and a mode of dispatch see torch's operations only, and would take the results for constants.
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    for x in tensors:  # a loop, because this is asked several times a solve
-        if (
-            x.dtype is not dtype
-            or type(x) not in _DENSE
-            or not x.is_cpu
-            or x.layout is not torch.strided
-            or x.is_nested
-            or x.is_neg()  # the imaginary part of a conjugate, with the other sign in memory
-            or not torch._C._has_storage(x)  # torch.func's wrappers have none
-            or (x.data_ptr() == 0 and x.numel() != 0)  # torch's own zeros, and storage that was given back
-        ):
-            return False
-    return True
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class BackendWarning(RuntimeWarning):
@@ -85,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+def library(dtype: torch.dtype, name: str = "loops") -> ctypes.CDLL | None:
     """The compiled ``name.c`` for numbers of this dtype; None where there is none to be had.
 
     ``IMPLICITDL_KERNELS=0`` in the environment does without.
@@ -95,7 +54,7 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """
     if dtype not in REAL or switched_off():
         return None
-    kernel = find(name, dtype)
+    kernel = find(dtype, name)
     problem = kernel if isinstance(kernel, BuildError) else kernel.outside
     if problem is not None and not _said:
         _said.append(True)
@@ -116,7 +75,7 @@ def switched_off() -> bool:
 
 
 @functools.cache
-def find(name: str, dtype: torch.dtype) -> Kernel | BuildError:
+def find(dtype: torch.dtype, name: str = "loops") -> Kernel | BuildError:
     """The compiled ``name.c``, from the user's cache or new; or why there is none."""
     try:
         return _found(name, dtype)
@@ -156,7 +115,7 @@ def _found(name: str, dtype: torch.dtype) -> Kernel:
 
 def _key(source: Path, call: tuple[str, ...]) -> str:
     """What decides the code: the texts, the compiler and how it is called, and the machine."""
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.[ch]")))]
     return cache.digest("\0".join([*texts, shutil.which(call[0]) or "", *call, _processor()]).encode())
 
 

@@ -4,14 +4,14 @@
 
 #include "shrink.h"
 
-enum { WIDE = 3, STEP = (int)LANES > (int)ROWS ? (int)LANES : (int)ROWS };
+enum { TALL = 3, STEP = (int)LANES > (int)ROWS ? (int)LANES : (int)ROWS };
 
 /* ROWS rows of Σ w ⊗ x, a few vectors wide; w and x are padded with zeros. */
 static inline __attribute__((always_inline)) void outer(
     int width, const REAL *w, const REAL *x, ptrdiff_t batch, ptrdiff_t stride, REAL *g) {
-    Vector sums[ROWS][WIDE] = {0};
+    Vector sums[ROWS][TALL] = {0};
     for (ptrdiff_t b = 0; b < batch; b++, w += stride, x += stride) {
-        Vector a[WIDE];
+        Vector a[TALL];
         for (int k = 0; k < width; k++) a[k] = AT(x + k * LANES);
         for (int r = 0; r < ROWS; r++)
             for (int k = 0; k < width; k++) sums[r][k] += w[r] * a[k];
@@ -48,8 +48,8 @@ int pull(const REAL *v, const REAL *slope, const REAL *x, const REAL *source, co
             REAL *g = groups + part * ROWS * stride;
             for (ptrdiff_t i = part * ROWS; i < n; i += threads * ROWS) {
                 ptrdiff_t at = 0;
-                for (; at + WIDE * LANES <= stride; at += WIDE * LANES)
-                    outer(WIDE, wide_w + i, wide_x + at, batch, stride, g + at);
+                for (; at + TALL * LANES <= stride; at += TALL * LANES)
+                    outer(TALL, wide_w + i, wide_x + at, batch, stride, g + at);
                 if (at + 2 * LANES <= stride) outer(2, wide_w + i, wide_x + at, batch, stride, g + at), at += 2 * LANES;
                 if (at < stride) outer(1, wide_w + i, wide_x + at, batch, stride, g + at);
                 for (ptrdiff_t r = i; r < n && r < i + ROWS; r++) {

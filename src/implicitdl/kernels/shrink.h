@@ -1,3 +1,4 @@
+#pragma once
 /* One row v shrunk onto the ℓ1 ball: a = s v with s = min(1, r/‖v‖₁); and its vector-Jacobian product with g, which is
    g inside and s g − s² sign(v) (vᵀg)/r outside. */
 

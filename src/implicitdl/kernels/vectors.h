@@ -1,3 +1,4 @@
+#pragma once
 /* The vectors of this processor.  Compiled for each REAL, with the INT of its size. */
 
 #include <float.h>

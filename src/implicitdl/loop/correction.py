@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..equations.map import LinearMap, Map
 from ..solvers.newton import DENSE_UP_TO, newton_correction
 from .indexing import on_host
 from .residual import Residual, measurable, parts_of
@@ -31,7 +32,7 @@ class Correction(Residual):
     _before: np.ndarray | None = None  # (parts, batch)  ‖p‖ at the look before
 
     def __call__(
-        self, f: Any, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
+        self, f: Map, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
         before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
         correction: Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
@@ -43,7 +44,7 @@ class Correction(Residual):
         size = np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in xs])
         if self.first_size is None:
             self.first_size = np.where(size < np.inf, size, 0)
-        if getattr(f, "linear", False):
+        if isinstance(f, LinearMap):
             self.vanishing, self._away = None, np.zeros(len(residual), dtype=bool)
             right = on_host(torch.linalg.vector_norm(measurable(f, f.constant), dim=1))
             rounding = np.zeros_like(residual) if correction is None else on_host(correction)
@@ -91,16 +92,16 @@ class Correction(Residual):
 class _Exactly(Correction):
     """Whether g(x) is 0."""
 
-    def __call__(self, f: Any, x: Tensor, fx: Tensor, *settings: Any, **more: Any) -> np.ndarray:
+    def __call__(self, f: Map, x: Tensor, fx: Tensor, *settings: Any, **more: Any) -> np.ndarray:
         return np.where(on_host(fx.detach().abs().amax(dim=1)) == 0, 0.0, np.inf)
 
 
-def _confirmed(f: Any, x: Tensor) -> Tensor:
+def _confirmed(f: Map, x: Tensor) -> Tensor:
     with torch.enable_grad():
         return newton_correction(f, x).detach()
 
 
-def _lengths(f: Any, p: Tensor) -> np.ndarray:
+def _lengths(f: Map, p: Tensor) -> np.ndarray:
     return np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in parts_of(f, p)])
 
 

@@ -3,82 +3,72 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..equations.map import RowMap
-from ..solution import CoupledRowsWarning, Measured
-from .outcome import Outcome
+from ..equations.map import Map
+from ..solution import CoupledRowsWarning
+from .iterate import SolveResult
 
 # Roundings by which two evaluations of f on the same sample may differ, in units of ‖f(x)‖: the order of a sum of
 # some hundred terms depends on how many rows a product has.
 _ROUNDINGS = 16
 
 
-def are_coupled(f: RowMap, x: Tensor, outcome: Outcome, floor: Tensor | float) -> bool:
+def are_coupled(f: Map, found: SolveResult) -> bool:
     """Whether samples that were solved each on its own influence one another, by all that is known of them.
 
     Samples that ended at one evaluation had all others at their solutions in it, and need no other.
 
     Arguments:
         f: the map of the whole batch.
-        x: the solutions, (batch, d).
-        outcome: what was found of each.
-        floor: atol/rtol, added to the size that a residual is relative to.
+        found: the result of the solve.
     """
-    if len(x) == 1 or (outcome.all_converged and not outcome.apart):
+    if len(found.x) == 1 or (found.all_converged and not found.apart):
         return False
-    x = x.detach()
-    fx = f(x).detach() if outcome.fx is None else outcome.fx
-    if getattr(f, "root", False):  # whose claim is no norm of its value
+    x = found.x.detach()
+    fx = f(x).detach() if found.fx is None else found.fx
+    if f.root:  # whose claim is no norm of its value
         return _influence(f, x, fx)
-    return _disagree(f, x, fx, outcome, floor) or (not outcome.all_converged and _influence(f, x, fx))
+    return _disagree(f, x, fx, found) or (not found.all_converged and _influence(f, x, fx))
 
 
-def _disagree(f: RowMap, x: Tensor, fx: Tensor, outcome: Outcome, floor: Tensor | float) -> bool:
+def _disagree(f: Map, x: Tensor, fx: Tensor, found: SolveResult) -> bool:
     """Whether the residual of a sample, with all others at their solutions too, is not the one it was solved to.
 
     A sample is frozen, or leaves the batch, when it is done.  Where f maps each sample on its own, that changes its
     residual by rounding; where others that moved on influence it, by what they moved it.
     """
-    precision = getattr(f, "precision", None) or fx.dtype
+    precision = f.precision or fx.dtype
     if fx.dtype in (torch.bfloat16, torch.float16):
         x, fx = x.float(), fx.float()
     size = torch.linalg.vector_norm(fx, dim=1)
     change = torch.linalg.vector_norm(fx - x, dim=1)
-    claimed = outcome.figures.residual.to(change.dtype)
-    allowed = 2 * claimed.clamp(min=outcome.rtol) + _ROUNDINGS * torch.finfo(precision).eps
+    claimed = found.stats.residual.to(change.dtype)
+    allowed = 2 * claimed.clamp(min=found.rtol) + _ROUNDINGS * torch.finfo(precision).eps
     # A claim of infinity is a sample that is lost, and said to be.
-    return bool((torch.isfinite(claimed) & ~(change <= allowed * (size + floor))).any())
+    return bool((torch.isfinite(claimed) & ~(change <= allowed * (size + found.floor))).any())
 
 
-def _influence(f: RowMap, x: Tensor, fx: Tensor) -> bool:
+def _influence(f: Map, x: Tensor, fx: Tensor) -> bool:
     """Whether moving some samples moves what f gives for the others: seen by moving one half, and then the other half.
 
     For samples that have missed the tolerance, of which the residual tells nothing.
     """
     drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu").to(x.device)
-    rounding = _ROUNDINGS * torch.finfo(getattr(f, "precision", None) or fx.dtype).eps
+    rounding = _ROUNDINGS * torch.finfo(f.precision or fx.dtype).eps
     step = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-3) / 8
     for half in (drawn[: len(x) // 2], drawn[len(x) // 2 :]):
         still = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, half, False)
         moved = f(torch.where(still.unsqueeze(1), x, x + step))
         change = torch.linalg.vector_norm((moved - fx).float(), dim=1)
         # The value of a root problem is near 0; what it changes by where x was moved has its units.
-        size = change[~still].max() if getattr(f, "root", False) else torch.linalg.vector_norm(fx[still].float(), dim=1)
+        size = change[~still].max() if f.root else torch.linalg.vector_norm(fx[still].float(), dim=1)
         # What is not finite on either side says nothing.
         if bool((change[still] > rounding * size).any()):
             return True
     return False
-
-
-def after(alone: Outcome, outcome: Outcome) -> Outcome:
-    """An outcome with the evaluations of an earlier one counted too."""
-    before, now = alone.figures, outcome.figures
-    trace = None if now.trace is None or before.trace is None else torch.cat((before.trace, now.trace))
-    return replace(outcome, figures=Measured(now.residual, before.steps + now.steps, now.converged, trace, now.status))
 
 
 def announce_coupling(who: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..equations.map import RowMap
-from ..kernels import rows as kernel
+from ..equations.map import Map
+from ..kernels import loops as kernel
 from .indexing import on_host, select
 
 # A step, or a residual, of fewer roundings of f(x) than this may be nothing but rounding.
@@ -47,7 +47,7 @@ class Residual:
         self._doubted: np.ndarray | None = None  # (parts, batch)  at the last claim that steps could judge
         self._difference: Tensor | None = None
 
-    def begin(self, f: RowMap, x: Tensor, fx: Tensor) -> None:
+    def begin(self, f: Map, x: Tensor, fx: Tensor) -> None:
         """Note the sizes of the first f(x) and of the first step, where they are not looked at."""
         x, fx = measurable(f, x), measurable(f, fx)
         figures = [self._norms(*pair) for pair in zip(parts_of(f, x), parts_of(f, fx), strict=True)]
@@ -57,7 +57,7 @@ class Residual:
             self.first_size = np.where(size < np.inf, size, 0)
 
     def __call__(
-        self, f: RowMap, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
+        self, f: Map, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
         before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """At x, with f(x), and ‖f(x) − x‖ and ‖f(x)‖ where somebody knows them.
@@ -110,7 +110,7 @@ class Residual:
         return relative[0] if len(relative) == 1 else relative.max(axis=0)
 
     def _doubt(
-        self, f: RowMap, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
+        self, f: Map, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
         before: tuple[Tensor, Tensor] | None, beyond: Tensor | None, change: np.ndarray, size: np.ndarray,
         relative: np.ndarray, rtol: float, floor: float, dtype: torch.dtype,
     ) -> None:  # fmt: skip
@@ -178,16 +178,14 @@ class Residual:
         return torch.linalg.vector_norm(self._difference, dim=1), torch.linalg.vector_norm(fx, dim=1)
 
 
-def parts_of(f: Any, x: Tensor) -> list[Tensor]:
+def parts_of(f: Map, x: Tensor) -> list[Tensor]:
     """Each part of a state, in rows."""
-    parts = getattr(f, "parts", None)
-    return [x] if parts is None else [x[:, columns] for columns in parts]
+    return [x] if f.parts is None else [x[:, columns] for columns in f.parts]
 
 
-def measurable(f: Any, x: Tensor) -> Tensor:
+def measurable(f: Map, x: Tensor) -> Tensor:
     """What the residual is measured on, without a graph, in a dtype that has norms."""
-    observed = getattr(f, "observed", None)
-    x = (x if observed is None else observed(x)).detach()
+    x = f.observed(x).detach()
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -20,9 +20,8 @@ from ..adjoints import Adjoint
 from ..constraints import Constraint, LowRank, RowProjection, RowScaling, SoftRowScaling
 from ..equations.equilibrium import Equilibrium
 from ..equations.lowrank import LowRankEquilibrium
-from ..equations.weights import ScaledRows
-from ..fixed_point import fixed_point
-from ..kernels import rows as kernel
+from ..fixed_point import fixed_point, solve
+from ..kernels.loops import all_finite
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
 from ..statespace import StateSpace, loop_gain
@@ -159,19 +158,24 @@ class ImplicitModel(Pretrained):
             (batch, q).
         """
         u = self._input(U)
-        x = self._solve(self._weights_to_make(), self._input_term(u), X0).value
-        return self.read_out(x, u)  # type: ignore[arg-type]
+        f = self._equilibrium(self._input_term(u))
+        if X0 is None and type(f) is Equilibrium and plain():  # the door has nothing to check
+            who = f"fixed_point({type(self.solver).__name__})"
+            x = solve(who, f, None, self.solver, self.adjoint, self.on_failure).x
+        else:
+            x = self._solve(f, X0).value  # type: ignore[assignment]
+        return self.read_out(x, u)
 
     def solve(self, U: Tensor, X0: Tensor | None = None, *, trace: bool = False) -> Solution:
         """The equilibrium state x, (batch, n), with residual, steps and convergence per sample."""
         u = self._input(U)
-        return self._solve(self._weights_to_make(), self._input_term(u), X0, trace=trace)
+        return self._solve(self._equilibrium(self._input_term(u)), X0, trace=trace)
 
     def read_out(self, x: Tensor, u: Tensor) -> Tensor:
         """y = Cx + Du + b_y."""
         y, D = F.linear(x, self.C, self.b_y), self.D
         y = y if D is None else torch.addmm(y, u, D.t())
-        if plain() and not _all_finite(y):
+        if plain() and not all_finite(y):
             self._check_weights()
         return y
 
@@ -182,15 +186,20 @@ class ImplicitModel(Pretrained):
             return self._checked(*constraint.factors(self.L, self.R))
         return self._checked(constraint(self.A))
 
-    def _weights_to_make(self) -> Weights | tuple[Tensor | ScaledRows]:
-        """The same, or what makes A on the way of a solve, which then looks whether it is finite."""
-        if isinstance(self.constraint, LowRank):
-            return self.weights()
-        unmade = self.constraint.unmade(self.A)
-        return (unmade,) if isinstance(unmade, ScaledRows) else self._checked(unmade)
+    def _equilibrium(self, b: Tensor, weights: Weights | None = None) -> Equilibrium:
+        """x ↦ φ(xAᵀ + b), of `weights` that have been made, or else of the free parameters."""
+        constraint = self.constraint
+        if weights is None:
+            radius = constraint.row_radius if plain() else None
+            if radius is not None:  # a compiled solve scales the rows on its way, and y tells whether A is finite
+                return Equilibrium(self.A, b, self.activation, radius=radius)
+            weights = self.weights()
+        if len(weights) == 2:
+            return LowRankEquilibrium(*weights, b, self.activation)
+        return Equilibrium(weights[0], b, self.activation, triangular=constraint.triangular)
 
     def _checked(self, *made: Tensor) -> Any:
-        if plain() and not all(map(_all_finite, made)):
+        if plain() and not all(map(all_finite, made)):
             self._check_weights()
         return made
 
@@ -199,18 +208,9 @@ class ImplicitModel(Pretrained):
         for name, weight in self.named_parameters():
             errors.finite("ImplicitModel", name, weight, errors.DIVERGED)
 
-    def _solve(
-        self, weights: Weights | tuple[Tensor | ScaledRows], b: Tensor, X0: Tensor | None, *, trace: bool = False
-    ) -> Solution:
-        equilibrium: Equilibrium
-        if len(weights) == 2:
-            equilibrium = LowRankEquilibrium(*weights, b, self.activation)
-        else:
-            equilibrium = Equilibrium(weights[0], b, self.activation, triangular=self.constraint.triangular)
-        x0 = None if X0 is None else self._state(X0, b)
-        return fixed_point(
-            equilibrium, x0, solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace
-        )
+    def _solve(self, f: Equilibrium, X0: Tensor | None, *, trace: bool = False) -> Solution:
+        x0 = None if X0 is None else self._state(X0, f.b)
+        return fixed_point(f, x0, solver=self.solver, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace)
 
     def _input(self, U: Tensor) -> Tensor:
         p = self.input_dim
@@ -223,13 +223,14 @@ class ImplicitModel(Pretrained):
             if U.dim() > 2 and U.shape[-1] == p and u.shape[0]:
                 advice = f"Pass u.flatten(0, {U.dim() - 2}) where every vector is a sample, or use ImplicitRNN."
             raise wrong("ImplicitModel", f"u of shape (batch, p={p})", tuple(U.shape), advice)
-        errors.same_place("ImplicitModel", "u", u, self.B)
+        if u.dtype is not self.B.dtype or u.device != self.B.device:
+            errors.same_place("ImplicitModel", "u", u, self.B)
         return u
 
     def _input_term(self, u: Tensor) -> Tensor:
         """b = uBᵀ + b_x, which is finite only where u is, and shorter to look through."""
         b = F.linear(u, self.B, self.b_x)
-        if plain() and not _all_finite(b):
+        if plain() and not all_finite(b):
             errors.finite("ImplicitModel", "u", u)
             self._check_weights()
         return b
@@ -361,9 +362,3 @@ def _free_parameters(constraint: Constraint, space: StateSpace) -> Any:
             )
         reason = str(error).partition(". ")[0]
         raise wrong("from_statespace", "an A of the constraint's set", f"one outside of it ({reason})", do) from error
-
-
-def _all_finite(M: Tensor) -> bool:
-    """Whether every number is; False also where they are, and their sum is too large for the dtype."""
-    known = kernel.all_finite(M)
-    return bool(torch.isfinite(M.detach().sum())) if known is None else known

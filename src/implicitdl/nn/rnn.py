@@ -76,7 +76,7 @@ class ImplicitRNNCell(nn.Module):
         outputs = []
         for t in range(x.shape[1]):
             b = from_input[:, t] + F.linear(h, B_h)
-            solution = layer._solve(weights, b, state)
+            solution = layer._solve(layer._equilibrium(b, weights), state)
             state = solution.value.detach()  # type: ignore[union-attr]
             new = layer.read_out(solution.value, torch.cat((x[:, t], h), dim=1))  # type: ignore[arg-type]
             if counts is None:

@@ -6,10 +6,10 @@ from .auto import Auto
 from .base import Solver
 from .broyden import Broyden
 from .gmres import GMRES
-from .inverse import InverseEstimate
 from .newton import Newton
 from .picard import Picard
 from .splitting import ForwardBackward, PeacemanRachford
+from .state import InverseEstimate
 from .substitution import Substitution
 
 __all__ = [

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive_int, settle, wrong
-from ..equations.map import RowMap
-from ..kernels import rows as kernel
+from ..equations.map import Map
+from ..kernels import loops as kernel
 from .base import Solver
 
 _KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -58,13 +58,13 @@ class Aitken(Solver):
         if self.period == 1:
             raise wrong("Aitken", "period to be an integer of at least 2", 1)
 
-    def check_interval(self, f: RowMap) -> int:
+    def check_interval(self, f: Map) -> int:
         return f.check_interval
 
-    def init(self, f: RowMap, x: Tensor) -> _Memory:
+    def init(self, f: Map, x: Tensor) -> _Memory:
         return _Memory(1, self.period or max(3, f.check_interval), x)
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _Memory) -> tuple[Tensor, _Memory, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: _Memory) -> tuple[Tensor, _Memory, int]:
         place = state.place
         state.place = place + 1
         if place < state.period - 1:

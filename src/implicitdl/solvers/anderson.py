@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive, positive_int, settle
-from ..equations.map import RowMap
+from ..equations.map import Map
 from ..kernels.anderson import Memory
-from .base import Solver, damping, precise
+from .base import Solver, damping
+from .state import precise
 
 
 class _History(NamedTuple):
@@ -65,13 +66,13 @@ class Anderson(Solver):
         settle(self, positive, "growth")
         settle(self, damping, "damping")
 
-    def init(self, f: RowMap, x: Tensor) -> Memory | None:
+    def init(self, f: Map, x: Tensor) -> Memory | None:
         return Memory.of(x, self.memory, self.growth, self.damping)
 
     def norms(self, x: Tensor, fx: Tensor, state: _State) -> tuple[Tensor, Tensor] | None:
         return state.look(x, fx) if isinstance(state, Memory) and state.serves(x, fx) else None
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _State) -> tuple[Tensor, _State, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: _State) -> tuple[Tensor, _State, int]:
         if isinstance(state, Memory) and state.serves(x, fx):
             return state.step(x, fx), state, 0
         # Values that are not what was expected of f begin again by torch's operations.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ..equations.equilibrium import Equilibrium
-from ..equations.linear_maps import EquilibriumAdjoint
-from ..equations.map import RowMap
-from ..kernels.sweeps import Swept
+from ..equations.map import Map, Splittable
+from ..kernels.loops import Swept
 from .aitken import Aitken
 from .anderson import Anderson
 from .base import Solver
@@ -25,6 +23,20 @@ _PATIENCE = 10
 # Of the compiled loop, in which a sweep costs a fraction of one by torch, and an Aitken step nothing beside it.
 _COMPILED_PATIENCE = 40
 _COMPILED_PERIOD = 2
+
+
+class CompiledSweeps(NamedTuple):
+    """Picard iteration with Aitken steps, of all samples in one call of a compiled loop, to a solver's tolerance."""
+
+    solver: Solver
+
+    def solve(self, f: Map, x: Tensor | None) -> Swept | None:
+        """All samples from x, or from f(0); None where there is no compiled loop for f here."""
+        if not isinstance(f, Splittable):
+            return None
+        solver, patience = self.solver, _COMPILED_PATIENCE * f.check_interval
+        rtol, budget = solver.tolerance(f.b.dtype), solver.max_steps - 1  # the next method evaluates what is left
+        return f.sweep(x, rtol, solver.atol, budget, _COMPILED_PERIOD, _FAST, patience)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +65,24 @@ class Auto(Solver):
 
     Arguments:
         slow: the solver that takes over slow samples, at their current iterate; it works to the tolerance given here.
-        rtol, atol, max_steps: as for `Solver`; ``max_steps`` counts both stages together.
+        rtol, atol, max_steps: as for `Solver`; ``max_steps`` counts both methods together.
 
     Source: the default policy of THEORY §5.6; rates by the residual ratio.
     """
 
     slow: Solver = field(default_factory=Anderson)
 
-    def first_stage(self, f: RowMap, x: Tensor | None) -> Swept | None:
-        # What is left unsolved needs an evaluation of the next stage at least.
-        if not isinstance(f, (Equilibrium, EquilibriumAdjoint)) or f.triangular or self.max_steps == 1:
-            return None
-        return f.sweeps(
-            x, self.tolerance(f.b.dtype), self.atol, self.max_steps - 1,
-            _COMPILED_PERIOD, _FAST, _COMPILED_PATIENCE * f.check_interval,
-        )  # fmt: skip
-
-    def stages(self, f: RowMap) -> Iterator[Solver]:
-        if Substitution.serves(f):
+    def methods(self, f: Map) -> Iterator[Any]:
+        if f.triangular:
             yield Substitution()
             return
+        if self.max_steps > 1:
+            yield CompiledSweeps(self)
         # An Anderson step costs about ten small operations more than a sweep: nothing beside an f that takes
         # milliseconds, four sweeps and more where the map says that looking at a residual is expensive.
         yield _AitkenWhileFast(overhead=f.check_interval)
         # A method that decides for itself when to look at its iterate has to know the tolerance it is solved to.
         yield replace(self.slow, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
-        raise AssertionError("Auto only chooses; its stages step")
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
+        raise AssertionError("Auto only chooses; its methods step")

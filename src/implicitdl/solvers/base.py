@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._internal.errors import non_negative, open_unit, positive_int, real, settle, wrong
-from ..equations.map import RowMap
-from ..kernels.sweeps import Swept
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from .inverse import InverseEstimate
+from ..equations.map import Map
+from .state import InverseEstimate, Rows, precise
 
 # A relative residual that the dtype's rounding lets every well-conditioned map reach.
 _DEFAULT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -46,6 +41,14 @@ class Solver(ABC):
     #: Whether its steps are made of residuals, which a root problem gives in place of f(x).
     by_residual: ClassVar[bool] = False
 
+    def serves(self, f: Map) -> bool:
+        """Whether f declares the structure that this solver needs."""
+        return True
+
+    def needs(self, f: Map) -> tuple[str, str, str]:
+        """What it needs, what f is, and what to do about it, for the error where it does not serve."""
+        raise NotImplementedError(f"{type(self).__name__} serves every map")
+
     @property
     def recovers(self) -> bool:
         """Whether it goes on where f is not finite at a point that it has tried."""
@@ -59,27 +62,23 @@ class Solver(ABC):
     def tolerance(self, dtype: torch.dtype) -> float:
         return self.rtol if self.rtol is not None else _DEFAULT_RTOL[dtype]
 
-    def stages(self, f: RowMap) -> Iterator[Solver]:
-        """The solvers that a sample goes through; all but the last may hand it over to the next."""
+    def methods(self, f: Map) -> Iterator[Any]:
+        """The methods that a sample goes through; all but the last may hand it over to the next."""
         yield self
 
-    def first_stage(self, f: RowMap, x: Tensor | None) -> Swept | None:
-        """The first of its `stages` in one call, where a compiled loop takes all its steps; else None."""
-        return None
-
-    def check_interval(self, f: RowMap) -> int:
+    def check_interval(self, f: Map) -> int:
         """Steps between two looks at the residual."""
         return 1
 
-    def init(self, f: RowMap, x: Tensor) -> Any:
+    def init(self, f: Map, x: Tensor) -> Any:
         """State of the method at x, (batch, d)."""
         return None
 
     @abstractmethod
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         """From x and f(x): the next x, the next state, and the evaluations of f made on the way."""
 
-    def evaluate(self, f: RowMap, x: Tensor, state: Any) -> Tensor:
+    def evaluate(self, f: Map, x: Tensor, state: Any) -> Tensor:
         """f(x); a method that needs more of f at x than its value keeps it in its state."""
         return f(x)
 
@@ -90,7 +89,7 @@ class Solver(ABC):
         """
         return None
 
-    def correction(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> Tensor | None:
+    def correction(self, f: Map, x: Tensor, fx: Tensor, state: Any) -> Tensor | None:
         """Of a root problem, the Newton correction at x, (batch, d); inf where it is not known.
 
         Of a linear one, the part of the residual that is rounding, (batch,).
@@ -106,42 +105,23 @@ class Solver(ABC):
         return None
 
     def hand_over(self, residual: np.ndarray, previous: np.ndarray, steps: int, rtol: float) -> np.ndarray | None:
-        """Which samples the next stage should take, given two residuals ``steps`` evaluations apart."""
+        """Which samples the next method should take, given two residuals ``steps`` evaluations apart."""
         return None
 
 
-@dataclass(slots=True)
-class Rows:
-    """A state made of tensors (batch, ...), and of such states."""
-
-    def take(self, rows: Tensor) -> Self:
-        parts = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, Tensor):
-                value = value.index_select(0, rows)
-            parts[part.name] = value.take(rows) if isinstance(value, Rows) else value
-        return type(self)(**parts)
-
-
-def residual(f: RowMap, x: Tensor, fx: Tensor) -> Tensor:
+def residual(f: Map, x: Tensor, fx: Tensor) -> Tensor:
     """f(x) − x in the precision that methods work in; a root problem is evaluated to −g(x), which is that already."""
     fx = fx.to(precise(fx.dtype))
-    return fx if getattr(f, "root", False) else fx - x
+    return fx if f.root else fx - x
 
 
-def smallest_part(f: RowMap, fx: Tensor) -> Tensor:
+def smallest_part(f: Map, fx: Tensor) -> Tensor:
     """‖f(x)‖ of every row, or of its smallest part that is not zero: what the tolerance of the row is relative to."""
     whole = torch.linalg.vector_norm(fx, dim=1)
-    for columns in getattr(f, "parts", None) or ():
+    for columns in f.parts or ():
         size = torch.linalg.vector_norm(fx[:, columns], dim=1)
         whole = torch.where(size > 0, torch.minimum(whole, size), whole)
     return whole
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """Where a method keeps differences and scalar products: half precision has too few digits for either."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def damping(who: str, name: str, value: Any) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive, positive_int, settle, wrong
-from ..equations.map import RowMap
-from .base import Rows, Solver, precise, residual
-from .inverse import InverseEstimate
+from ..equations.map import Map
+from .base import Solver, residual
 from .search import Search
+from .state import InverseEstimate, Rows, precise
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class Broyden(Solver):
         if not isinstance(self.line_search, bool):
             raise wrong("Broyden", "line_search to be True or False", repr(self.line_search))
 
-    def init(self, f: RowMap, x: Tensor) -> _Memory:
+    def init(self, f: Map, x: Tensor) -> _Memory:
         batch, d = x.shape
         m, kept = self.memory, precise(x.dtype)
         return _Memory(
@@ -89,9 +89,9 @@ class Broyden(Solver):
             best=x.new_full((batch,), torch.inf, dtype=kept),
         )
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: _Memory) -> tuple[Tensor, _Memory, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: _Memory) -> tuple[Tensor, _Memory, int]:
         search = state.search
-        r, root = residual(f, x, fx), getattr(f, "root", False)
+        r, root = residual(f, x, fx), f.root
         if state.filled:
             self._remember(state, x - search.x, search.r - r)
         state.filled += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive_int, settle
-from ..equations.map import RowMap
+from ..equations.map import Map
 from .base import Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 
@@ -51,10 +51,10 @@ class GMRES(Solver):
         super().__post_init__()
         settle(self, positive_int, "restart")
 
-    def init(self, f: RowMap, x: Tensor) -> Krylov:
+    def init(self, f: Map, x: Tensor) -> Krylov:
         return Krylov.start(x, self.restart, self.max_steps)
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Krylov) -> tuple[Tensor, Krylov, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: Krylov) -> tuple[Tensor, Krylov, int]:
         search = state.search
         refuse_graph("GMRES", fx)
         r = residual(f, x, fx)
@@ -65,6 +65,6 @@ class GMRES(Solver):
         # The residual of the recurrence and the true one agree to rounding; a tenth is left for what they differ by.
         scale = smallest_part(f, fx).to(size.dtype)
         # In a root problem the residual has other units than x, along which the probe goes.
-        h = torch.maximum(torch.linalg.vector_norm(search.x, dim=1), size) if getattr(f, "root", False) else size
+        h = torch.maximum(torch.linalg.vector_norm(search.x, dim=1), size) if f.root else size
         state.begin(tried, h=h, enough=0.9 * (self.atol + self.tolerance(fx.dtype) * scale))
         return state.point().to(fx.dtype), state, 0

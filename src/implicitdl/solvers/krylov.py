@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import wrong
-from .base import Rows, precise
 from .search import Search
+from .state import Rows, precise
 
 
 @dataclass(slots=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._internal.errors import positive_int, settle, wrong
-from ..equations.linearize import vjp
-from ..equations.map import RowMap
-from .base import Rows, Solver, residual, smallest_part
+from ..equations.map import LinearMap, Map
+from .base import Solver, residual, smallest_part
 from .krylov import Krylov, refuse_graph
 from .search import Search
+from .state import Rows
 
 # Up to here a Jacobian is formed.  Its LU costs n/3 evaluations of a dense f in operations and some times that in
 # time; above a few hundred numbers the tens of products of a Krylov space are cheaper.
@@ -31,21 +31,20 @@ _AT_ONCE = 1 << 24
 
 
 @dataclass(slots=True)
-class _Local(Rows):
-    """f at the points of a batch, for those of its samples that are still there."""
+class _Jacobians(Rows):
+    """The Jacobians at the points of a batch, for those of its samples that are still there."""
 
-    at: Any  # value (batch, d) and jacobian(rows) -> (len(rows), d, d)
+    of: Callable[[Tensor], Tensor]  # sample numbers to (len(rows), d, d)
     rows: Tensor
 
-    def jacobian(self, part: Tensor) -> Tensor:
-        J: Tensor = self.at.jacobian(self.rows[part])
-        return J
+    def __call__(self, part: Tensor) -> Tensor:
+        return self.of(self.rows[part])
 
 
 @dataclass(slots=True)
 class _Dense(Rows):
     search: Search
-    local: _Local | None = None
+    jacobians: _Jacobians | None = None
     p: Tensor | None = (
         None  # (batch, d)  the Newton step at the point, of a root problem whose correction was asked for
     )
@@ -105,21 +104,21 @@ class Newton(Solver):
         if self.dense not in (None, True, False):
             raise wrong("Newton", "dense to be True, False or None", repr(self.dense))
 
-    def init(self, f: RowMap, x: Tensor) -> _Dense | _MatrixFree:
+    def init(self, f: Map, x: Tensor) -> _Dense | _MatrixFree:
         if self._forms_jacobian(f, x):
             return _Dense(Search.start(x))
         krylov = Krylov.start(x, self.krylov, self.max_steps)
         return _MatrixFree(krylov, torch.zeros_like(krylov.search.size))
 
-    def evaluate(self, f: RowMap, x: Tensor, state: _Dense | _MatrixFree) -> Tensor:
+    def evaluate(self, f: Map, x: Tensor, state: _Dense | _MatrixFree) -> Tensor:
         if isinstance(state, _MatrixFree):
             return f(x)
-        state.local = _local(f, x)
-        value: Tensor = state.local.at.value
+        value, jacobian = f.jacobian(x)
+        state.jacobians = _Jacobians(jacobian, torch.arange(len(x), device=x.device))
         return value if torch.is_grad_enabled() else value.detach()
 
     def step(
-        self, f: RowMap, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree
+        self, f: Map, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree
     ) -> tuple[Tensor, _Dense | _MatrixFree, int]:
         r = residual(f, x, fx)
         if isinstance(state, _Dense):
@@ -128,23 +127,23 @@ class Newton(Solver):
         size = smallest_part(f, fx).to(r.dtype)
         return self._matrix_free_step(f, x, r, size, state).to(fx.dtype), state, 0
 
-    def correction(self, f: RowMap, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree) -> Tensor | None:
+    def correction(self, f: Map, x: Tensor, fx: Tensor, state: _Dense | _MatrixFree) -> Tensor | None:
         r = residual(f, x, fx.detach())
         if isinstance(state, _MatrixFree):
-            if getattr(f, "linear", False):
+            if isinstance(f, LinearMap):
                 return None
             # The step that led here, solved for as far as its forcing asks, is longer than the next one.
             krylov = state.krylov
             nearer = krylov.tried & (torch.linalg.vector_norm(r, dim=1) <= 0.5 * krylov.search.size)
             return torch.where((nearer & (krylov.search.size < torch.inf)).unsqueeze(1), x - krylov.search.x, torch.inf)
-        assert state.local is not None, "evaluated by this method"
+        assert state.jacobians is not None, "evaluated by this method"
         size = torch.linalg.vector_norm(r, dim=1)
         wanted = torch.isfinite(size) & ((size <= state.search.size) | (state.search.plain > 0))
         state.p = r.new_full(r.shape, torch.inf)
         rows = wanted.nonzero().squeeze(1)
         rounding, lost = torch.zeros_like(size), torch.ones_like(wanted)
         for part in rows.split(max(1, _AT_ONCE // x.shape[1] ** 2)) if rows.numel() else ():
-            J = state.local.jacobian(part).to(r.dtype).detach()
+            J = state.jacobians(part).to(r.dtype).detach()
             p, known = _root_step(J, r[part])
             state.p = state.p.index_put((part,), p)
             lost = lost.index_put((part,), ~known)
@@ -152,27 +151,27 @@ class Newton(Solver):
             length = torch.linalg.vector_norm(x[part], dim=1).to(r.dtype)
             rounding[part] = 4 * torch.finfo(r.dtype).eps * torch.linalg.matrix_norm(J) * length
         # Where J is singular the step is one to take, and says nothing of how far the root is.
-        return rounding if getattr(f, "linear", False) else torch.where(lost.unsqueeze(1), torch.inf, state.p)
+        return rounding if isinstance(f, LinearMap) else torch.where(lost.unsqueeze(1), torch.inf, state.p)
 
-    def _dense_step(self, f: RowMap, x: Tensor, r: Tensor, state: _Dense) -> Tensor:
-        search, root = state.search, getattr(f, "root", False)
+    def _dense_step(self, f: Map, x: Tensor, r: Tensor, state: _Dense) -> Tensor:
+        search, root = state.search, f.root
         good, _ = search.judge(x, r, root=root)
         rows = good.nonzero().squeeze(1)
         if rows.numel():
-            assert state.local is not None
+            assert state.jacobians is not None
             # A Jacobian at a time of as many samples as memory likes; the others' points have not moved.
             parts = rows.split(max(1, _AT_ONCE // x.shape[1] ** 2))
             if state.p is not None:
                 p = state.p[rows]
             else:
                 step = (lambda J, r: _root_step(J, r)[0]) if root else _solve
-                p = torch.cat([step(state.local.jacobian(part).to(r.dtype), search.r[part]) for part in parts])
+                p = torch.cat([step(state.jacobians(part).to(r.dtype), search.r[part]) for part in parts])
             search.p = search.p.index_put((rows,), p)
         state.p = None
         return search.trial()
 
-    def _matrix_free_step(self, f: RowMap, x: Tensor, r: Tensor, scale: Tensor, state: _MatrixFree) -> Tensor:
-        root, linear = getattr(f, "root", False), getattr(f, "linear", False)
+    def _matrix_free_step(self, f: Map, x: Tensor, r: Tensor, scale: Tensor, state: _MatrixFree) -> Tensor:
+        root, linear = f.root, isinstance(f, LinearMap)
         krylov, search = state.krylov, state.krylov.search
         tried = krylov.tried
         krylov.extend(r)
@@ -195,9 +194,9 @@ class Newton(Solver):
         krylov.begin(good, h=h, enough=enough)
         return krylov.point()
 
-    def _forms_jacobian(self, f: RowMap, x: Tensor) -> bool:
+    def _forms_jacobian(self, f: Map, x: Tensor) -> bool:
         d = x.shape[1]
-        differentiable = hasattr(f, "linearize") or not torch.is_inference_mode_enabled()
+        differentiable = f.closed_form or not torch.is_inference_mode_enabled()
         if not self.dense:
             return self.dense is None and d <= DENSE_UP_TO and differentiable
         if d * d > _LARGEST:
@@ -214,67 +213,10 @@ class Newton(Solver):
         return True
 
 
-def _local(f: RowMap, x: Tensor) -> _Local:
-    """f at x by one evaluation, in closed form where f offers it."""
-    closed_form = getattr(f, "linearize", None)
-    if getattr(f, "linear", False):
-        at: Any = _OfLinear(f, x)
-    elif closed_form is None:
-        at = _Differentiated(f, x)
-    else:
-        at = closed_form(x)
-        at = at if hasattr(at, "jacobian") else _ByProducts(at.value, at.vjp)
-    return _Local(at, torch.arange(len(x), device=x.device))
-
-
-class _OfLinear:
-    """A linear map at a point: its matrix has a product for every column."""
-
-    def __init__(self, f: Any, x: Tensor) -> None:
-        self._f, self.value = f, f(x)
-        self._J: Tensor | None = None
-
-    def jacobian(self, rows: Tensor) -> Tensor:
-        if self._J is None:
-            unit = torch.eye(self.value.shape[1], dtype=self.value.dtype, device=self.value.device)
-            columns = [self._f.product(row.expand_as(self.value).contiguous()) for row in unit]
-            self._J = torch.stack(columns, dim=2).detach()
-        return self._J[rows]
-
-
-class _ByProducts:
-    """J of all samples from one product a row: eᵢᵀJ of every sample at once."""
-
-    def __init__(self, value: Tensor, product: Callable[[Tensor], Tensor]) -> None:
-        self.value, self._product = value, product
-        self._J: Tensor | None = None
-
-    def jacobian(self, rows: Tensor) -> Tensor:
-        if self._J is None:
-            unit = torch.eye(self.value.shape[1], dtype=self.value.dtype, device=self.value.device)
-            self._J = torch.stack([self._product(row.expand_as(self.value)) for row in unit], dim=1).detach()
-        return self._J[rows]
-
-
-class _Differentiated(_ByProducts):
-    """f at x with the graph of its one evaluation."""
-
-    def __init__(self, f: RowMap, x: Tensor) -> None:
-        with torch.enable_grad():
-            point = x if x.requires_grad else x.detach().requires_grad_()
-            value = f(point)
-        if not value.requires_grad:
-            raise wrong(
-                "Newton", "f differentiable by autograd", "a value without a graph",
-                "Remove what detaches it, or pass dense=False, which needs no derivative.",
-            )  # fmt: skip
-        super().__init__(value, lambda v: vjp(value, point, v, create_graph=False))
-
-
-def newton_correction(f: RowMap, x: Tensor) -> Tensor:
+def newton_correction(f: Map, x: Tensor) -> Tensor:
     """The Newton step of a root problem at x, by one evaluation and its Jacobian; inf where this is singular."""
-    local = _local(f, x)
-    p, known = _root_step(local.jacobian(local.rows).detach(), local.at.value.detach())
+    value, jacobian = f.jacobian(x)
+    p, known = _root_step(jacobian(torch.arange(len(x), device=x.device)).detach(), value.detach())
     return torch.where(known.unsqueeze(1), p, torch.inf)
 
 

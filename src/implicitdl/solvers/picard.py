@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._internal.errors import settle
-from ..equations.map import RowMap
+from ..equations.map import Map
 from .base import Solver, damping
 
 
@@ -36,8 +36,8 @@ class Picard(Solver):
         super().__post_init__()
         settle(self, damping, "damping")
 
-    def check_interval(self, f: RowMap) -> int:
+    def check_interval(self, f: Map) -> int:
         return f.check_interval
 
-    def step(self, f: RowMap, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
+    def step(self, f: Map, x: Tensor, fx: Tensor, state: Any) -> tuple[Tensor, Any, int]:
         return (fx if self.damping == 1.0 else x.lerp(fx, self.damping)), None, 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Rows, precise
+from .state import Rows, precise
 
 # Armijo's customary constant: any real decrease is accepted.
 _DECREASE = 1e-4

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import positive, positive_int, settle, wrong
-from .base import Rows, Solver
+from ..equations.map import Map, Splittable
+from .base import Solver
+from .state import Rows
 
 
 @dataclass(slots=True)
@@ -35,31 +37,29 @@ class Splitting(Solver):
         super().__post_init__()
         settle(self, positive, "alpha")
 
+    def serves(self, f: Map) -> bool:
+        return isinstance(f, Splittable)
+
+    def needs(self, f: Map) -> tuple[str, str, str]:
+        return (
+            "a map φ(Ax + b) of known A, such as an Equilibrium, or the adjoint of one", "one of unknown structure",
+            "Pass Equilibrium(A, b, φ), or use another solver, such as Newton() or Anderson().",
+        )  # fmt: skip
+
     def init(self, f: Any, x: Tensor) -> _Split:
-        if not hasattr(f, "resolvent"):
-            raise wrong(
-                type(self).__name__, "a map φ(Ax + b) of known A, such as an Equilibrium, or the adjoint of one",
-                "one of unknown structure",
-                "Pass Equilibrium(A, b, φ), or use another solver, such as Newton() or Anderson().",
-            )  # fmt: skip
         return self.start(f, self.alpha or self.default_step(f), x)
 
     @abstractmethod
-    def default_step(self, f: Any) -> float:
+    def default_step(self, f: Splittable) -> float:
         """α for this map."""
 
-    def start(self, f: Any, alpha: float, x: Tensor) -> _Split:
+    def start(self, f: Splittable, alpha: float, x: Tensor) -> _Split:
         return _Split(alpha, x)
 
     def evaluate(self, f: Any, x: Tensor, state: _Split) -> Tensor:
         state.z = f.affine(f.inner(x))
         fx: Tensor = f.prox(state.z, 1.0)
         return fx
-
-
-def _takes_any_step(f: Any) -> bool:
-    activation = getattr(f, "activation", None)
-    return activation is None or bool(activation.homogeneous)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class ForwardBackward(Splitting):
         True
     """
 
-    def default_step(self, f: Any) -> float:
-        if not _takes_any_step(f):
+    def default_step(self, f: Splittable) -> float:
+        if not f.any_step:
             raise wrong(
-                "ForwardBackward", "a positively homogeneous activation, such as RELU", f.activation.name,
+                "ForwardBackward", "a positively homogeneous activation, such as RELU", f.name,
                 "Use PeacemanRachford(), which takes alpha=1 then.",
             )  # fmt: skip
         m, L = f.bounds()
@@ -146,12 +146,12 @@ class PeacemanRachford(Splitting):
         super().__post_init__()
         settle(self, positive_int, "sweeps")
 
-    def default_step(self, f: Any) -> float:
+    def default_step(self, f: Splittable) -> float:
         # The bound is best at 1/L, and at 3/L its exponent is a quarter smaller; the sweeps are fewer all the same
         # unless I − A is nearly the identity, since the worst case is not met (the tests compare the two).
-        return 3 / f.bounds()[1] if _takes_any_step(f) else 1.0
+        return 3 / f.bounds()[1] if f.any_step else 1.0
 
-    def start(self, f: Any, alpha: float, x: Tensor) -> _Reflected:
+    def start(self, f: Splittable, alpha: float, x: Tensor) -> _Reflected:
         return _Reflected(alpha, x, f.resolvent(alpha), None, self.max_steps - 1)
 
     def step(self, f: Any, x: Tensor, fx: Tensor, state: _Reflected) -> tuple[Tensor, _Reflected, int]:

@@ -12,7 +12,7 @@ from ..activations import Activation
 from ..adjoints import Adjoint
 from ..equations.equilibrium import Equilibrium
 from ..fixed_point import fixed_point
-from ..solution import BackwardReport, Measured, OnFailure, Solution, Status
+from ..solution import BackwardReport, OnFailure, Solution, SolveStats, Status
 from ..solvers import Solver
 from .blocks import Block, joined
 from .graph import components
@@ -151,7 +151,7 @@ def _joined(x: Tensor, solved: Sequence[Solution]) -> Solution:
     evaluated = torch.zeros_like(finite, dtype=torch.int8).masked_fill(~finite, int(Status.NOT_FINITE))
     return Solution(
         value=x,
-        figures=Measured(
+        stats=SolveStats(
             torch.stack([none, *(part.residual for part in solved)]).amax(0),
             torch.stack([once, *(part.steps for part in solved)]).amax(0),
             torch.stack([finite, *(part.converged for part in solved)]).all(0),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.errors import ArgumentError, choice, extra, wrong
-from ..solution import Figures, Monitor
+from ..solution import Monitor, SolveStats
 from .processes import PRECISIONS, Device, Precision
 
 Loss = Callable[[Any, Any], Tensor]
@@ -318,10 +318,10 @@ def is_integer(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex())
 
 
-def _drain(solves: list[Figures], into: list[int]) -> None:
+def _drain(solves: list[SolveStats], into: list[int]) -> None:
     """Add up a monitor's figures and let them go: an epoch of them is not kept."""
     if solves:
-        samples = [(figures.steps.reshape(-1), figures.converged.reshape(-1)) for figures in solves]
+        samples = [(stats.steps.reshape(-1), stats.converged.reshape(-1)) for stats in solves]
         steps, converged = map(torch.cat, zip(*samples, strict=True))
         solves.clear()
         into[0] += int(steps.sum())

@@ -1,14 +1,35 @@
-"""An estimate of (I − J)⁻¹ that a quasi-Newton method leaves behind: the identity plus a matrix of low rank."""
+"""States of methods, one row a sample; among them the estimate of (I − J)⁻¹ of a quasi-Newton method."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Rows
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(slots=True)
+class Rows:
+    """A state made of tensors (batch, ...), and of such states."""
+
+    def take(self, rows: Tensor) -> Self:
+        parts = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Tensor):
+                value = value.index_select(0, rows)
+            parts[part.name] = value.take(rows) if isinstance(value, Rows) else value
+        return type(self)(**parts)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Where a method keeps differences and scalar products: half precision has too few digits for either."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(slots=True)
