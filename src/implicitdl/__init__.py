@@ -1,8 +1,9 @@
 """implicitdl: models whose output is defined by an equation, x = φ(Ax + Bu), y = Cx + Du, or any x = f(x, u)."""
 
-from . import activations, certify, constraints, data, sim, solvers, statespace, viz
+from . import activations, certify, constraints, data, sim, solvers, statespace, testing, viz
 from ._internal.errors import ArgumentError
 from ._internal.habits import unknown_name as _unknown_name
+from ._internal.store import CheckpointError
 from .activations import Activation
 from .adjoints import SHINE, Adjoint, ImplicitAdjoint, PhantomGradient, Unrolled
 from .data import cifar_load, mnist_load
@@ -51,9 +52,15 @@ from .solvers import (
 from .statespace import StateSpace, prune
 from .training import Logger, get_valid_accuracy, train
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str) -> object:
     raise _unknown_name(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"])
 
 
 __all__ = [
@@ -74,6 +81,7 @@ __all__ = [
     "BackwardReport",
     "Broyden",
     "CVXSolver",
+    "CheckpointError",
     "CircularConvolution",
     "CircularEquilibrium",
     "ConvergenceError",
@@ -105,6 +113,7 @@ __all__ = [
     "Status",
     "Substitution",
     "Unrolled",
+    "__version__",
     "activations",
     "backend",
     "certify",
@@ -122,6 +131,7 @@ __all__ = [
     "solvers",
     "spectral_radius",
     "statespace",
+    "testing",
     "train",
     "viz",
 ]

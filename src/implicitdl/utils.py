@@ -1,4 +1,4 @@
-"""The names that the seeds import from ``utils``."""
+"""The names that code written for earlier libraries imports from ``utils``."""
 
 from .data import cifar_load, mnist_load
 from .training import Logger, get_valid_accuracy, train

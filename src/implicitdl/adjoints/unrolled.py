@@ -83,6 +83,7 @@ class _Recomputed(Map):
 
     def __init__(self, f: Map) -> None:
         self._f = f
+        f.prepare()  # a matrix that the first evaluation makes would be in its record, and in no other
         self.check_interval, self.precision, self.parts, self.root = f.check_interval, f.precision, f.parts, f.root
         self.observed, self.after_zero, self.jacobian = f.observed, f.after_zero, f.jacobian  # type: ignore[method-assign]
 

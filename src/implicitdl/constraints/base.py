@@ -21,6 +21,20 @@ class Constraint(nn.Module, ABC):
     Arguments:
         kappa: κ in (0, 1), the bound on the contraction factor.
         lipschitz: max |φ'|; the set is the one for which κ bounds the factor of φ(Ax + b).
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import ImplicitModel
+        >>> from implicitdl.constraints import Constraint
+        >>> class Diagonal(Constraint):
+        ...     def forward(self, raw):
+        ...         return torch.diag(self.radius * torch.tanh(raw.diagonal()))
+        ...     def right_inverse(self, A):
+        ...         return torch.diag(torch.atanh(A.diagonal() / self.radius))
+        ...     def contains(self, A):
+        ...         return torch.equal(A, torch.diag(A.diagonal())) and bool((A.abs() <= self.radius).all())
+        >>> ImplicitModel(4, 2, 8, constraint=Diagonal)(torch.randn(3, 4)).shape
+        torch.Size([3, 2])
     """
 
     #: Whether members are strictly upper triangular, so that the equilibrium is one substitution.

@@ -19,7 +19,7 @@ class RowScaling(Constraint):
     row keeps a gradient, it costs far fewer operations, and unlike `SoftRowScaling` it
     leaves a matrix inside the ball as it is.
 
-    Source: THEORY §1.3 and §4.1; the vector-Jacobian product is s(g − sign(v) (aᵀg)/r).
+    Source: docs/theory.md §1.3; the vector-Jacobian product is s(g − sign(v) (aᵀg)/r).
 
     Example:
         >>> import torch

@@ -22,7 +22,7 @@ class WeightedRowScaling(Constraint):
         kappa, lipschitz: as for `Constraint`.
         weights: v (n,), positive; None is the unweighted ball, until a state_dict with weights is loaded.
 
-    Source: THEORY §1.2.
+    Source: docs/theory.md §1.2.
 
     Example:
         >>> import torch

@@ -147,7 +147,7 @@ class CircularEquilibrium(Equilibrium):
             raise wrong("CircularEquilibrium", f"b of shape (batch, (C, height, width)={shape})", tuple(b.shape))
         self.map, self.activation = A, activation
         self.b = b.flatten(1).to(A.symbol.dtype.to_real())
-        self.triangular = False
+        self.triangular, self.radius = False, None
         self.check_interval = 1  # a transform costs far more than a look at the residual
         self._shape = b.shape[1:]
 

@@ -107,6 +107,10 @@ class Equilibrium(Splittable):
         build = partial(Equilibrium, activation=self.activation, triangular=self.triangular)
         return Explicit(build, (self.A,), (self.b,))
 
+    def prepare(self) -> None:
+        if self.radius is not None:
+            _ = self.A
+
     def sweep(self, x: Tensor | None, *settings: float) -> Swept | None:
         phi = self.activation.compiled
         # A subclass that evaluates otherwise is another map.

@@ -23,7 +23,7 @@ class LowRankEquilibrium(Equilibrium):
 
     def __init__(self, L: Tensor, R: Tensor, b: Tensor, activation: Activation = RELU) -> None:
         self.L, self.R, self.b = L.to(b.dtype), R.to(b.dtype), b
-        self.activation, self.triangular = activation, False
+        self.activation, self.triangular, self.radius = activation, False, None
         self.check_interval = check_interval(L.shape[0])
 
     @property

@@ -108,6 +108,9 @@ class Map(ABC):
         """The tensors of f besides b, by name, as the user gave them."""
         return {}
 
+    def prepare(self) -> None:  # noqa: B027  (most maps share nothing)
+        """Make what all evaluations share, before one of them is recorded."""
+
     def observed(self, x: Tensor) -> Tensor:
         """What the residual is measured on: x, except where another state is iterated than is returned."""
         return x

@@ -1,4 +1,4 @@
-"""ImplicitFunction: the seeds' way of choosing φ, the constraint and the solver's settings, by subclassing."""
+"""ImplicitFunction: φ, the constraint and the settings of a solve, chosen by subclassing as in earlier libraries."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class ImplicitModel(Pretrained):
         self._create_parameters(device, dtype)
 
     def _create_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Normal / n, in the order A (or L, R), B, C, D, with biases as the last column of B and D: as the seeds."""
+        """Normal / n, in the order A (or L, R), B, C, D; the last columns of B and D are the biases."""
         n, p, q = self.hidden_dim, self.input_dim, self.output_dim
 
         def draw(rows: int, columns: int) -> Tensor:

@@ -16,7 +16,7 @@ from .anderson import Anderson
 from .base import Solver
 from .substitution import Substitution
 
-# The rate a step where acceleration begins to save evaluations on most spectra (THEORY §5.6).
+# The rate a step where acceleration begins to save evaluations on most spectra (docs/theory.md §5.2).
 _FAST = 0.7
 # How many steps more a slow sample may take, in units of what a step of the next stage costs.
 _PATIENCE = 10
@@ -67,7 +67,7 @@ class Auto(Solver):
         slow: the solver that takes over slow samples, at their current iterate; it works to the tolerance given here.
         rtol, atol, max_steps: as for `Solver`; ``max_steps`` counts both methods together.
 
-    Source: the default policy of THEORY §5.6; rates by the residual ratio.
+    Source: docs/theory.md §5.2; rates by the residual ratio.
     """
 
     slow: Solver = field(default_factory=Anderson)

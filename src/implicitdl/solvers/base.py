@@ -29,7 +29,25 @@ class Solver(ABC):
         atol: absolute tolerance of the same test.
         max_steps: the most evaluations of f spent on a sample.
 
-    A new solver is a subclass with `init` and `step`, one export, and one line in `testing/checks.py`.
+    A new solver is a subclass with `step`, and `init` where it has a state: the loop evaluates f, stops each sample at
+    its own tolerance and counts.  Here is one.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from implicitdl import Solver, fixed_point
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class HeavyBall(Solver):
+        ...     momentum: float = 0.3
+        ...     def init(self, f, x):
+        ...         return torch.zeros_like(x)  # the last step of every sample, (batch, d)
+        ...     def step(self, f, x, fx, state):
+        ...         state = fx - x + self.momentum * state
+        ...         return x + state, state, 0  # the next x, the state, and evaluations of f made in here
+        ...     def take(self, state, rows):
+        ...         return state.index_select(0, rows)  # of the samples that are not done
+        >>> bool(fixed_point(torch.cos, torch.zeros(1, 1), solver=HeavyBall()).converged)
+        True
     """
 
     rtol: float | None = None
