@@ -60,11 +60,7 @@ def monotone(n, m=0.1, size=1.0):
 class TestBroyden:
     def states(self, memory, count, line_search=False):
         """The method's own state after some steps on a map that is not affine, and the points it went through."""
-        A, b = 0.8 * torch.linalg.qr(torch.randn(7, 7))[0], torch.randn(3, 7)
-
-        def f(x):
-            return torch.tanh(x @ A.t() + b)
-
+        f = Equilibrium(0.8 * torch.linalg.qr(torch.randn(7, 7))[0], torch.randn(3, 7), TANH)
         solver = Broyden(memory=memory, line_search=line_search)
         x = torch.zeros(3, 7)
         state = solver.init(f, x)

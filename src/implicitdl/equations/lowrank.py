@@ -52,6 +52,10 @@ class ReducedEquilibrium(Map):
         return self._f.lift(s) @ self._f.R
 
     @property
+    def named_weights(self) -> dict[str, Tensor]:
+        return self._f.named_weights
+
+    @property
     def closed_form(self) -> bool:
         return True
 

@@ -159,18 +159,16 @@ def pull(
         source, scale, radius: where the rows of A are scale · source, (n, n) and (n, 1), shrunk onto the ball of this
             radius: the product is pulled back to them.
     """
-    if v.dim() != 2 or not v.shape == slope.shape == x.shape:
+    compiled = _loops(v, slope, x, v if source is None else source, v if scale is None else scale)
+    if compiled is None or v.dim() != 2 or not v.shape == slope.shape == x.shape:
         return None
     batch, n = v.shape
     if batch * n * n >= _LARGE:
         return None
-    if source is None or scale is None:
-        compiled = _loops(v, slope, x)
-    else:
-        compiled = _loops(v, slope, x, source, scale) if source.shape == (n, n) and scale.shape == (n, 1) else None
+    if source is not None and scale is not None:
+        if source.shape != (n, n) or scale.shape != (n, 1):
+            return None
         source, scale = source.contiguous(), scale.contiguous()
-    if compiled is None:
-        return None
     v, slope, x = v.contiguous(), slope.contiguous(), x.contiguous()
     w, out = torch.empty_like(v), v.new_empty(n, n)
     done = compiled.pull(
@@ -275,10 +273,12 @@ def sweeps(
         fast: the rate per sweep at which nothing is slow.
         patience: how many more sweeps a slower row may take by its measured rate.
     """
-    shape = b.shape
     compiled = _loops(A, b, b if x0 is None else x0, b if slope is None else slope)
+    if compiled is None:
+        return None
+    shape = b.shape
     # What does not fit is torch's to broadcast, or to complain of.
-    if compiled is None or b.dim() != 2 or b.numel() == 0 or A.shape != 2 * shape[1:]:
+    if b.dim() != 2 or b.numel() == 0 or A.shape != 2 * shape[1:]:
         return None
     if (x0 is not None and x0.shape != shape) or (slope is not None and slope.shape != shape):
         return None
