@@ -25,7 +25,7 @@ from implicitdl.activations import (
     Activation,
 )  # fmt: skip
 from implicitdl.certify import Box, Crown, Interval, Sensitivity
-from implicitdl.certify.lines import lines
+from implicitdl.certify.crown import lines
 from implicitdl.statespace import perron_root
 
 METHODS = {

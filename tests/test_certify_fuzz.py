@@ -16,8 +16,7 @@ from exact_outputs import LONG, Exact, points
 from implicitdl import Picard, StateSpace, certify
 from implicitdl.activations import BUILTIN
 from implicitdl.certify import Box, Crown, Interval, Sensitivity
-from implicitdl.statespace import perron_root
-from implicitdl.statespace.blocks import Block
+from implicitdl.statespace import Block, perron_root
 from implicitdl.statespace.perron import gains
 
 EARLY = Picard(max_steps=3)

@@ -11,7 +11,7 @@ import torch
 from implicitdl import ImplicitFunctionTriu, ImplicitModel, StateSpace, certify
 from implicitdl._internal.errors import ArgumentError, MissingExtraError
 from implicitdl.activations import RELU, SIGMOID, SILU, TANH, Activation
-from implicitdl.certify.normal import perron_certificate
+from implicitdl.certify.contraction import perron_certificate
 from implicitdl.constraints import Unconstrained
 
 

@@ -14,7 +14,7 @@ from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, StateSpace, certi
 from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.certify import Box, CertifiedAccuracy, CertifiedLoss, Crown, Interval, Sensitivity
-from implicitdl.certify.attack import losing_by
+from implicitdl.certify.functionals import losing_by
 from implicitdl.cli import main
 from implicitdl.data import load
 

@@ -26,7 +26,7 @@ from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, SIGMOID, TANH, Activation
 from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, Unconstrained
 from implicitdl.statespace import Block
-from implicitdl.statespace.graph import components
+from implicitdl.statespace.block_solve import components
 from implicitdl.statespace.matrices import assemble, partition, sparse
 from spaces import KINDS, close, inputs, random_space, seeds, sizes, tight
 
@@ -376,7 +376,7 @@ def test_components_against_the_closure(seed):
     n = int(torch.randint(1, 9, (), generator=g))
     arcs = torch.rand(n, n, generator=g) < 0.25
     closure = torch.linalg.matrix_power(torch.eye(n) + arcs.double(), n) > 0
-    found = components([row.nonzero().flatten().tolist() for row in arcs])
+    found = components([(k, m) for k, m in arcs.nonzero().tolist()], n)
     assert sorted(node for group in found for node in group) == list(range(n))
     seen = set()
     for group in found:

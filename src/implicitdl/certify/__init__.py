@@ -1,16 +1,12 @@
 """Certification: what can be proved about a model, how close attacks come to it, and training for it."""
 
-from .accuracy import AttackedAccuracy, CertifiedAccuracy, attacked_accuracy, certified_accuracy
-from .attack import pgd
-from .bounds import Margins, margins, output_bounds
-from .domain import Box
+from .accuracy import AttackedAccuracy, CertifiedAccuracy, attacked_accuracy, certified_accuracy, pgd
+from .bounds import Crown, Interval, Margins, Method, Sensitivity, margins, output_bounds
+from .contraction import Contractive, contractive, sensitivity
+from .functionals import Box
 from .lipschitz import lipschitz_inf, lipschitz_sdp, lipschitz_two
 from .loss import CertifiedLoss
-from .methods import Crown, Interval, Method, Sensitivity
-from .normal import Contractive, contractive
-from .p_matrix import p_matrix
-from .sensitivity import sensitivity
-from .well_posed import Condition, WellPosedness, well_posed
+from .well_posed import Condition, WellPosedness, p_matrix, well_posed
 
 __all__ = [
     "AttackedAccuracy",

@@ -20,8 +20,8 @@ from ..adjoints import Adjoint
 from ..solution import OnFailure
 from ..solvers import Solver
 from ..statespace import StateSpace, embedding
-from .domain import Box
-from .normal import Contractive
+from .contraction import Contractive
+from .functionals import Box
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,7 @@ def ends(
     # Its input is Bu + b_x itself: B is applied to centre and radius, at half the price of the two ends.
     doubled = embedding(StateSpace(space.A, identity, identity, blocks=space.blocks))
     b = torch.cat([center + radius, center - radius], 1)
-    both = doubled.solve(b, solver=solver, adjoint=adjoint, on_failure=on_failure).value
-    assert isinstance(both, Tensor)
-    upper, lower = both.chunk(2, 1)
+    upper, lower = doubled.state(b, solver=solver, adjoint=adjoint, on_failure=on_failure).chunk(2, 1)
     # What the solver's tolerance leaves must not turn a box of one point inside out.
     return Box(torch.minimum(lower, upper), torch.maximum(lower, upper))
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .._internal.errors import ArgumentError, extra, wrong
 from ..statespace import StateSpace
-from ..statespace.blocks import slopes_of
-from .normal import Model, contractive, exact_space, rounding
-from .sensitivity import sensitivity
+from ..statespace.space import Model
+from .contraction import contractive, exact_space, rounding, sensitivity
 
 # The order of the program's matrix, n + min(p, n + q): its cost grows with about the sixth power, here to minutes.
 LARGEST = 120
@@ -81,7 +80,7 @@ def _by_sensitivity(space: StateSpace) -> float | None:
 
 
 def _by_norms(space: StateSpace) -> float | None:
-    slopes = slopes_of(space.blocks, space.b_x).unsqueeze(1)
+    slopes = space.slopes.unsqueeze(1)
     room = 1 - _norm(slopes * space.A)
     return _norm(space.C) * _norm(slopes * space.B) / room + _norm(space.D) if room > 0 else None
 
@@ -188,7 +187,7 @@ def _solved(who: str, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
 
 def _unit_slopes(space: StateSpace) -> tuple[Tensor, Tensor]:
     """A and C for the state x/max|φ'|, whose activations have slopes of at most 1."""
-    slopes = slopes_of(space.blocks, space.b_x)
+    slopes = space.slopes
     return space.A * slopes, space.C * slopes
 
 

@@ -13,11 +13,8 @@ from ..adjoints import Adjoint
 from ..solvers import Solver
 from ..statespace import StateSpace
 from . import crown, interval
-from .domain import Box
-from .functionals import rivals
-from .labels import check_labels, scores
-from .lines import lines
-from .normal import without_self_loops
+from .contraction import without_self_loops
+from .functionals import Box, check_labels, rivals, scores
 
 
 class Classifier(Protocol):
@@ -120,7 +117,7 @@ class CertifiedLoss:
         by_interval = of.upper(x, box)
         if by_crown == 0:
             return by_interval
-        between = lines(space, interval.pre_activation(space, x, interval.input_term(space, box)))
+        between = crown.lines(space, interval.pre_activation(space, x, interval.input_term(space, box)))
         slopes = between.high_slope.unsqueeze(1), between.low_slope.unsqueeze(1)
         found = crown.relaxation(space, of, *slopes, self.solver, self.adjoint)
         bound = crown.upper(space, of, found, between.high_offset, between.low_offset, box)

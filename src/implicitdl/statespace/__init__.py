@@ -1,12 +1,11 @@
 """State space: models as matrices, their algebra, equivalent and reduced forms, and pruning."""
 
 from .algebra import activate, add, cascade, concatenate, direct_sum, feedback, residual, scale, self_feedback
-from .blocks import Block
+from .block_solve import Block
 from .box import embedding, pre_activation_bounds, reduce_on_box
-from .comparison import spread
 from .convert import from_module
 from .equivalence import eliminate_diagonal, eliminate_linear, permute, rescale, scale_states
-from .perron import loop_gain, perron_root, perron_weights
+from .perron import loop_gain, perron_root, perron_weights, spread
 from .prune import Pruning, error_bound, magnitude, prune, sensitivity, within_each
 from .reduce import drop_unobservable, fold_constant, merge_proportional, reduce
 from .refit import refit, zeros_held

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor
 
 from .._internal.errors import wrong
 from ..activations import Activation
-from .gap import inverse_of_gap
-from .matrices import assemble, eye, product, take
+from .equivalence import inverse_of_gap
+from .matrices import assemble, block_diagonal, eye, product, take
 from .perron import loop_gain
-
-if TYPE_CHECKING:
-    from .space import StateSpace
+from .space import StateSpace, alike, same_size, side_by_side
 
 
 def cascade(outer: StateSpace, inner: StateSpace) -> StateSpace:
@@ -23,40 +18,17 @@ def cascade(outer: StateSpace, inner: StateSpace) -> StateSpace:
 
     A = [[A₂, B₂C₁], [0, A₁]], B = [B₂D₁; B₁], C = [C₂, D₂C₁], D = D₂D₁, where 2 is the outer one.
     """
-    outer, inner = _alike("cascade", outer, inner)
-    if outer.p != inner.q:
-        raise wrong("cascade", f"an outer model whose p is q={inner.q} of the inner one", f"p={outer.p}")
-    states = [outer.n, inner.n]
-    return outer.holding(
-        A=assemble([[outer.A, product(outer.B, inner.C)], [None, inner.A]], states, states),
-        B=assemble([[product(outer.B, inner.D)], [inner.B]], states, [inner.p]),
-        C=assemble([[outer.C, product(outer.D, inner.C)]], [outer.q], states),
-        D=product(outer.D, inner.D),
-        b_x=torch.cat((outer.b_x + outer.B @ inner.b_y, inner.b_x)),
-        b_y=outer.b_y + outer.D @ inner.b_y,
-        blocks=outer.blocks + inner.blocks,
-    )
+    return outer @ inner
 
 
 def add(first: StateSpace, second: StateSpace) -> StateSpace:
     """u ↦ first(u) + second(u), also written ``first + second``."""
-    first, second = models = _alike("add", first, second)
-    _same("add", "p", models)
-    _same("add", "q", models)
-    return first.holding(
-        **_side_by_side(models),
-        B=assemble([[first.B], [second.B]], [first.n, second.n], [first.p]),
-        C=assemble([[first.C, second.C]], [first.q], [first.n, second.n]),
-        D=first.D + second.D,
-        b_y=first.b_y + second.b_y,
-    )
+    return first + second
 
 
 def scale(model: StateSpace, factor: float) -> StateSpace:
     """u ↦ factor · model(u), also written ``factor * model``."""
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
-        raise wrong("scale", "factor to be a finite number", repr(factor))
-    return model.holding(C=factor * model.C, D=factor * model.D, b_y=factor * model.b_y)
+    return model * factor
 
 
 def concatenate(*models: StateSpace) -> StateSpace:
@@ -69,12 +41,12 @@ def concatenate(*models: StateSpace) -> StateSpace:
         >>> concatenate(twice, -twice)(torch.ones(1, 1))
         tensor([[ 2., -2.]])
     """
-    models = _alike("concatenate", *models)
-    _same("concatenate", "p", models)
+    models = alike("concatenate", *models)
+    same_size("concatenate", "p", models)
     return models[0].holding(
-        **_side_by_side(models),
+        **side_by_side(models),
         B=assemble([[m.B] for m in models], [m.n for m in models], [models[0].p]),
-        C=_diagonal([m.C for m in models]),
+        C=block_diagonal([m.C for m in models]),
         D=assemble([[m.D] for m in models], [m.q for m in models], [models[0].p]),
         b_y=torch.cat([m.b_y for m in models]),
     )
@@ -90,12 +62,12 @@ def direct_sum(*models: StateSpace) -> StateSpace:
         >>> direct_sum(twice, -twice)(torch.tensor([[1.0, 10.0]]))
         tensor([[  2., -20.]])
     """
-    models = _alike("direct_sum", *models)
+    models = alike("direct_sum", *models)
     return models[0].holding(
-        **_side_by_side(models),
-        B=_diagonal([m.B for m in models]),
-        C=_diagonal([m.C for m in models]),
-        D=_diagonal([m.D for m in models]),
+        **side_by_side(models),
+        B=block_diagonal([m.B for m in models]),
+        C=block_diagonal([m.C for m in models]),
+        D=block_diagonal([m.D for m in models]),
         b_y=torch.cat([m.b_y for m in models]),
     )
 
@@ -190,7 +162,7 @@ def feedback(forward: StateSpace, backward: StateSpace, *, check: bool = True) -
         >>> feedback(once, half)(torch.ones(1, 1))
         tensor([[2.]])
     """
-    forward, backward = _alike("feedback", forward, backward)
+    forward, backward = alike("feedback", forward, backward)
     if (backward.p, backward.q) != (forward.q, forward.p):
         raise wrong(
             "feedback", f"a backward model from q={forward.q} to p={forward.p}", f"p={backward.p}, q={backward.q}"
@@ -205,36 +177,3 @@ def _columns(M: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """M = [first, last]."""
     rows, columns = torch.arange(M.shape[0], device=M.device), torch.arange(M.shape[1], device=M.device)
     return take(M, rows, columns[:-last]), take(M, rows, columns[-last:])
-
-
-def _side_by_side(models: tuple[StateSpace, ...]) -> dict[str, Any]:
-    """The states of several models that do not see each other."""
-    return {
-        "A": _diagonal([m.A for m in models]),
-        "b_x": torch.cat([m.b_x for m in models]),
-        "blocks": sum((m.blocks for m in models), ()),
-    }
-
-
-def _diagonal(parts: list[Tensor]) -> Tensor:
-    blocks = [[part if i == j else None for j in range(len(parts))] for i, part in enumerate(parts)]
-    return assemble(blocks, [part.shape[0] for part in parts], [part.shape[1] for part in parts])
-
-
-def _alike(who: str, *models: StateSpace) -> tuple[StateSpace, ...]:
-    """The models in one layout, sparse when any is; their dtypes and devices must agree."""
-    if not models:
-        raise wrong(who, "at least one model", "none")
-    for other in models[1:]:
-        if (other.dtype, other.device) != (models[0].dtype, models[0].device):
-            raise wrong(
-                who, f"models of one dtype and device, {models[0].dtype} on {models[0].device}",
-                f"{other.dtype} on {other.device}", "Move one of them with .to().",
-            )  # fmt: skip
-    return tuple(m.to_sparse() for m in models) if any(m.is_sparse for m in models) else models
-
-
-def _same(who: str, size: str, models: tuple[StateSpace, ...]) -> None:
-    sizes = [getattr(m, size) for m in models]
-    if len(set(sizes)) > 1:
-        raise wrong(who, f"models of the same {size}", sizes)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import wrong
-from .blocks import slopes_of
-from .comparison import rounding, spread
 from .equivalence import without_linear
 from .matrices import assemble, linear, scaled
+from .perron import evaluation_error, spread
 from .space import StateSpace
 
 
@@ -56,11 +55,10 @@ def pre_activation_bounds(space: StateSpace, low: Tensor, high: Tensor) -> tuple
     space = space.detach().to(torch.float64)
     both = embedding(space)
     u = torch.cat((high, low)).double().unsqueeze(0)
-    x = both.solve(u, on_failure="ignore").value
-    assert isinstance(x, Tensor)
+    x = both.state(u, on_failure="ignore")
     z = both.pre_activation(x, u)
-    noise = rounding(both, x, u)
-    error = spread(both, (both.activation.phi(z) - x).abs() + slopes_of(both.blocks, z) * noise)
+    noise = evaluation_error(both, x, u)
+    error = spread(both, (both.activation.phi(z) - x).abs() + both.slopes * noise)
     upper, lower = z.squeeze(0).split(space.n)
     more, less = (noise + linear(error, both.A.abs())).squeeze(0).split(space.n)
     return lower - less, upper + more

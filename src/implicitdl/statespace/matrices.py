@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,6 +171,12 @@ def assemble(blocks: Sequence[Sequence[Tensor | None]], heights: Sequence[int], 
     return coo(i, j, values, (sum(heights), sum(widths)))
 
 
+def block_diagonal(parts: Sequence[Tensor]) -> Tensor:
+    """The matrix with these blocks on its diagonal."""
+    blocks = [[part if i == j else None for j in range(len(parts))] for i, part in enumerate(parts)]
+    return assemble(blocks, [part.shape[0] for part in parts], [part.shape[1] for part in parts])
+
+
 def partition(M: Tensor, heights: Sequence[int], widths: Sequence[int]) -> dict[tuple[int, int], Tensor]:
     """The blocks of M that are not zero, by block row and block column; the inverse of `assemble`."""
     tops, lefts = starts(heights), starts(widths)
@@ -202,3 +209,31 @@ def partition(M: Tensor, heights: Sequence[int], widths: Sequence[int]) -> dict[
 def starts(sizes: Sequence[int]) -> list[int]:
     """Where each of some consecutive pieces begins."""
     return list(accumulate(sizes, initial=0))[:-1]
+
+
+def component_numbers(rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    """(size,) the strongly connected component of each node, in the graph with the arcs rows[k] → columns[k]."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    if size == 0:
+        return rows.new_empty(0)
+    arcs = (rows.cpu().numpy(), columns.cpu().numpy())
+    graph = coo_matrix((np.ones(len(rows), dtype=bool), arcs), shape=(size, size))
+    return torch.from_numpy(connected_components(graph, connection="strong")[1]).to(rows)
+
+
+def loops(A: Tensor) -> list[Tensor]:
+    """The strongly connected components that contain a loop, in the graph with an arc i → j for every a_ij ≠ 0.
+
+    Returns:
+        The nodes of each, ascending; no component where A can be permuted to be strictly triangular.
+    """
+    rows, columns, _ = entries(A)
+    number = component_numbers(rows, columns, A.shape[0])
+    looping = torch.bincount(number)[number] > 1
+    looping[rows[rows == columns]] = True
+    nodes = looping.nonzero().flatten()
+    order = number[nodes].argsort(stable=True)
+    sizes = number[nodes].bincount()
+    return list(nodes[order].split(sizes[sizes > 0].tolist())) if len(nodes) else []

@@ -1,19 +1,14 @@
-"""The Perron–Frobenius root of |A|, and weights in which A is a contraction: x = φ(Ax + b) is then well posed."""
+"""The Perron–Frobenius root of |A|: below 1, x = φ(Ax + b) contracts in suitable weights, and errors stay bounded."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._internal.errors import open_unit, wrong
-from .blocks import slopes_of
-from .graph import components, looping
-from .matrices import coo, dense, entries, take
-
-if TYPE_CHECKING:
-    from .space import StateSpace
+from ..activations import IDENTITY
+from .matrices import coo, dense, entries, eye, loops, take
+from .space import StateSpace
 
 # Weights are computed for a κ smaller by this much, so that what rounding takes away never shows.
 _SLACK = 1e-9
@@ -43,19 +38,14 @@ def perron_root(A: Tensor) -> float:
         0.0
     """
     A = A.detach()
-    needs, nodes = looping(A)
-    roots = [0.0]
-    for group in components(needs):
-        index = nodes[torch.tensor(group, dtype=torch.int64, device=A.device)]
-        roots.append(_irreducible_root(dense(take(A, index, index)).abs().double()))
-    return max(roots)
+    return max((_irreducible_root(dense(take(A, nodes, nodes)).abs().double()) for nodes in loops(A)), default=0.0)
 
 
 def gains(space: StateSpace) -> Tensor:
     """|A| with each row times max|φ'| of its state: how far a change of one state can change another."""
     rows, columns, values = entries(space.A.detach())
     # Entry by entry, since a slope may be infinite and 0 · ∞ is not what an arc that is not there can do.
-    M = coo(rows, columns, slopes_of(space.blocks, values)[rows] * values.abs(), (space.n, space.n))
+    M = coo(rows, columns, space.slopes[rows] * values.abs(), (space.n, space.n))
     return M if space.is_sparse else M.to_dense()
 
 
@@ -95,15 +85,58 @@ def perron_weights(A: Tensor, kappa: float) -> Tensor:
         tensor([14.0000,  1.0000], dtype=torch.float64)
     """
     open_unit("perron_weights", "kappa", kappa)
-    M = A.detach().double().abs()
-    v = _swept(M, kappa, torch.ones(len(M), dtype=M.dtype, device=M.device))
-    if v is None and (root := perron_root(A)) < kappa * (1 - _SLACK):
-        v = _swept(M, kappa, _by_policies(dense(M) / (kappa * (1 - _SLACK))))
+    v = least_weights(A.detach().double().abs(), kappa)
     if v is None:
         raise wrong(
-            "perron_weights", f"λ_pf(|A|) < κ = {kappa:.6g}", f"λ_pf(|A|) = {root:.6g}", "Take a κ between it and 1."
-        )
+            "perron_weights", f"λ_pf(|A|) < κ = {kappa:.6g}", f"λ_pf(|A|) = {perron_root(A):.6g}",
+            "Take a κ between it and 1.",
+        )  # fmt: skip
     return v
+
+
+def least_weights(M: Tensor, kappa: float) -> Tensor | None:
+    """The v of `perron_weights` for M ≥ 0 in float64; None where λ_pf(M) ≥ κ."""
+    v = _swept(M, kappa, torch.ones(len(M), dtype=M.dtype, device=M.device))
+    if v is None and perron_root(M) < kappa * (1 - _SLACK):
+        v = _swept(M, kappa, _by_policies(dense(M) / (kappa * (1 - _SLACK))))
+    return v
+
+
+def spread(space: StateSpace, r: Tensor) -> Tensor:
+    """An upper bound of (I − M)⁻¹ r, where M is |A| with rows times max|φ'|: how far deviations r move the states.
+
+    If every equation of the model is off by at most r, |x − φ(Ax + b)| ≤ r, then x is at most this far from the
+    solution.  A result with shortfall s = (M e + r − e)₊ is made safe by weights v with Mv ≤ κv: e + δv covers it with
+    δ = max(s/v) / (1 − κ).
+
+    Arguments:
+        space: with λ_pf(M) < 1.
+        r: (batch, n) ≥ 0, float64.
+
+    Returns:
+        (batch, n) in float64.
+
+    Raises:
+        ArgumentError: λ_pf(M) ≥ 1, with the number.
+    """
+    M = gains(space).double()
+    if not (root := perron_root(M)) < 1:
+        raise wrong("spread", "λ_pf(|A|) max|φ'| < 1", f"{root:.6g}", "Errors may grow without bound in such a loop.")
+    blocks = [(IDENTITY, block.size) for block in space.blocks]
+    identity = eye(space.n, M)
+    e = StateSpace(M, identity, identity, blocks=blocks).state(r, on_failure="ignore")
+    short = (r + (M @ e.t()).t() - e).clamp(min=0.0)
+    if not bool(short.any()):
+        return e
+    kappa = (1 + root) / 2
+    v = perron_weights(M, kappa)
+    return e + (short / v).amax(1, keepdim=True) / (1 - kappa) * v
+
+
+def evaluation_error(space: StateSpace, x: Tensor, u: Tensor) -> Tensor:
+    """(batch, n) what rounding can do to one evaluation of z = Ax + Bu + b_x: (terms) · eps · (sum of sizes)."""
+    size = space.holding(A=space.A.abs(), B=space.B.abs(), b_x=space.b_x.abs()).pre_activation(x.abs(), u.abs())
+    return (space.n + space.p + 1) * torch.finfo(x.dtype).eps * size
 
 
 def _swept(M: Tensor, kappa: float, v: Tensor) -> Tensor | None:

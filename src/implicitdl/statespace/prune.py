@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from .._internal.errors import open_unit, wrong
-from .blocks import slopes_of
-from .comparison import rounding, spread
-from .given import Model, space_of
 from .matrices import count_nonzero
-from .perron import gains, loop_gain
-from .space import StateSpace
+from .perron import evaluation_error, gains, loop_gain, spread
+from .space import Model, StateSpace, space_of
 
 Scores = tuple[Tensor, ...]  # how much each entry of A, B, C and D counts
 Rule = Callable[[StateSpace, Tensor], Scores]
@@ -54,7 +51,7 @@ def sensitivity(space: StateSpace, u: Tensor) -> Scores:
     Source: LeCun, Denker & Solla, Optimal Brain Damage (1990), whose saliency this is for the squared distance to the
     unpruned outputs, with the Gauss–Newton diagonal.
     """
-    x, power = _state(space, u), _adjoint_power(space, u)
+    x, power = space.state(u), _adjoint_power(space, u)
     by_x, by_u = x * x, u * u
     squares = (power.t() @ by_x, power.t() @ by_u, by_x.sum(0), by_u.sum(0))
     return tuple(M.abs() * (square / len(u)).sqrt() for M, square in zip(space.matrices, squares, strict=True))
@@ -77,8 +74,8 @@ def error_bound(space: StateSpace, u: Tensor) -> Scores:
     """
     if not (gain := loop_gain(space)) < 1:
         raise wrong("error_bound", "λ_pf(|A|) max|φ'| < 1", f"{gain:.6g}", "Prune by magnitude or by sensitivity.")
-    x, v = _state(space, u).abs().mean(0), u.abs().mean(0)
-    slopes = slopes_of(space.blocks, space.A)
+    x, v = space.state(u).abs().mean(0), u.abs().mean(0)
+    slopes = space.slopes
     gap = torch.eye(space.n, dtype=space.dtype, device=space.device) - gains(space).t()
     omega = slopes * torch.linalg.solve(gap, space.C.abs().sum(0))
     shares = (torch.outer(omega, x), torch.outer(omega, v), x, v)
@@ -167,21 +164,15 @@ def prune(model: Model, u: Tensor, *, keep: float, by: Rule = magnitude) -> Prun
 
 def _bounds(space: StateSpace, pruned: StateSpace, u: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds on |x − x'| and |y − y'| for the x' that was found: its residual and rounding count as part of ΔA x'."""
-    x = _state(pruned, u)
+    x = pruned.state(u)
     lost_A, lost_B, lost_C, lost_D = ((M - N).abs().t() for M, N in zip(space.matrices, pruned.matrices, strict=True))
     size, v = x.abs(), u.abs()
     if not loop_gain(space) < 1:
         return torch.full_like(x, torch.inf), torch.full((len(u), space.q), torch.inf, dtype=x.dtype, device=x.device)
     off = (pruned.activation.phi(pruned.pre_activation(x, u)) - x).abs()
-    lost = size @ lost_A + v @ lost_B + rounding(space, x, u)
-    e = spread(space, off + slopes_of(space.blocks, x) * lost)
+    lost = size @ lost_A + v @ lost_B + evaluation_error(space, x, u)
+    e = spread(space, off + space.slopes * lost)
     return e, e @ space.C.abs().t() + size @ lost_C + v @ lost_D
-
-
-def _state(space: StateSpace, u: Tensor) -> Tensor:
-    x = space.solve(u).value
-    assert isinstance(x, Tensor)
-    return x
 
 
 def _adjoint_power(space: StateSpace, u: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..solvers import Auto
-from .graph import reached
+from .equivalence import block_numbers, blocks_of, rewritten, selection
 from .matrices import abs_row_sums, assemble, coo, dense, entries, scaled, take, take_rows, zeros
-from .rewrite import block_numbers, blocks_of, rewritten, selection
 from .space import StateSpace
 
 # States that never change are found once and used for ever: to nearly the last digits of float64.
@@ -50,7 +49,7 @@ def drop_unobservable(space: StateSpace) -> StateSpace:
     rows, columns, _ = entries(space.A)
     seen = torch.zeros(space.n, dtype=torch.bool, device=space.device)
     seen[entries(space.C)[1]] = True
-    return _kept(space, reached(seen, rows, columns))
+    return _kept(space, _reached(seen, rows, columns))
 
 
 def fold_constant(space: StateSpace) -> StateSpace:
@@ -66,7 +65,7 @@ def fold_constant(space: StateSpace) -> StateSpace:
     rows, columns, _ = entries(space.A)
     moved = torch.zeros(space.n, dtype=torch.bool, device=space.device)
     moved[entries(space.B)[0]] = True
-    moved = reached(moved, columns, rows)
+    moved = _reached(moved, columns, rows)
     still = (~moved).nonzero().flatten()
     if len(still) == 0:
         return space
@@ -75,8 +74,7 @@ def fold_constant(space: StateSpace) -> StateSpace:
         b_x=space.b_x[still], blocks=blocks_of(space, still),
     ).to(torch.float64)  # fmt: skip
     nothing = torch.zeros(1, 1, dtype=torch.float64, device=space.device)
-    x = alone.solve(nothing, solver=_CONSTANTS, on_failure="raise").value
-    assert isinstance(x, Tensor)
+    x = alone.state(nothing, solver=_CONSTANTS, on_failure="raise")
     return _kept(space, moved, torch.zeros_like(space.b_x).index_put((still,), x.squeeze(0).to(space.dtype)))
 
 
@@ -137,3 +135,12 @@ def _kept(space: StateSpace, mask: Tensor, constants: Tensor | None = None) -> S
         return space
     kept = mask.nonzero().flatten()
     return rewritten(space, kept, selection(space, kept), c=constants)
+
+
+def _reached(start: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """Which nodes are on a path from those marked in ``start``, (n,) bool, along the arcs from sources to targets."""
+    marked = start.clone()
+    count = -1
+    while count != (count := int(marked.sum())):
+        marked[targets[marked[sources]]] = True
+    return marked

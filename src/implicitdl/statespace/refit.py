@@ -12,8 +12,7 @@ from torch.nn.utils import parametrize
 from .._internal.errors import wrong
 from ..constraints import norm_inf
 from ..constraints.norm import project_l1
-from .given import Model, space_of
-from .space import StateSpace
+from .space import Model, StateSpace, space_of
 
 # Ridge relative to the mean square of the regressors: neighbouring pixels are nearly collinear, and without it their
 # weights grow large against each other.
@@ -54,13 +53,13 @@ def refit(pruned: Model, original: Model, u: Tensor) -> StateSpace:
     sparse_wanted = pruned.is_sparse
     pruned, original = pruned.to_dense(), original.to_dense()
     u = original.flat(u).detach()
-    x = _state(original, u)
+    x = original.state(u)
     biased = bool((original.b_x != 0).any() | (original.b_y != 0).any())
     inner = RowFit(pruned.A, pruned.B, biased, norm_inf(original.A))
     A, B, b_x = inner.to(original.pre_activation(x, u), x, u)
     middle = pruned.holding(A=A, B=B, b_x=b_x)
     outer = RowFit(pruned.C, pruned.D, biased, torch.inf)
-    C, D, b_y = outer.to(original.read_out(x, u), _state(middle, u), u)
+    C, D, b_y = outer.to(original.read_out(x, u), middle.state(u), u)
     fitted = middle.holding(C=C, D=D, b_y=b_y)
     return fitted.to_sparse() if sparse_wanted else fitted
 
@@ -161,9 +160,3 @@ def _moments(x: Tensor, u: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         gram += features.t() @ features
         moments += features.t() @ targets[part].double()
     return gram, moments
-
-
-def _state(space: StateSpace, u: Tensor) -> Tensor:
-    x = space.solve(u).value
-    assert isinstance(x, Tensor)
-    return x

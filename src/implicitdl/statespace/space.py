@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._internal import errors
-from .._internal.errors import wrong
+from .._internal.errors import ArgumentError, wrong
 from ..activations import RELU, Activation
 from ..adjoints import Adjoint
 from ..solution import OnFailure, Solution
 from ..solvers import Solver
-from . import algebra
-from .blocks import Block, joined
-from .form import WHO, Held, ImmutableError, blocks_given, check_finite, check_form, copied, version, well_formed
-from .matrices import count_nonzero, dense, eye, is_sparse, linear, normalized, sparse, zeros
-from .solve import Component, plan, solve_in_order
+from .block_solve import Block, Component, joined, plan, solve_in_order
+from .matrices import (
+    assemble,
+    block_diagonal,
+    count_nonzero,
+    dense,
+    eye,
+    is_sparse,
+    linear,
+    normalized,
+    product,
+    sparse,
+    zeros,
+)
 
+WHO = "StateSpace"
 _TENSORS = ("A", "B", "C", "D", "b_x", "b_y")
+
+
+class ImmutableError(ArgumentError, AttributeError):
+    """An attribute of a StateSpace was to be set."""
+
+
+class _Unchanged:
+    """A tensor of a StateSpace, which is refused after it was written to in place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, space: StateSpace | None, owner: type) -> Tensor:
+        return self if space is None else space._unchanged()[self.name]  # type: ignore[return-value]
 
 
 class StateSpace:
@@ -62,7 +87,7 @@ class StateSpace:
         True
     """
 
-    A, B, C, D, b_x, b_y = (Held(name) for name in _TENSORS)
+    A, B, C, D, b_x, b_y = (_Unchanged(name) for name in _TENSORS)
     blocks: tuple[Block, ...]
     _tensors: dict[str, Tensor]
     _versions: list[int | None]
@@ -77,25 +102,26 @@ class StateSpace:
         b_y: Tensor | None = None,
         blocks: Activation | Sequence[tuple[Activation, int]] = RELU,
     ) -> None:
-        given = {"A": A, "B": B, "C": C, "D": A if D is None else D}
-        well_formed(given)
+        _check_matrices({"A": A, "B": B, "C": C})
         n, p, q = A.shape[0], B.shape[1], C.shape[0]
-        given |= {
-            "D": zeros(q, p, normalized(A)) if D is None else D,
-            "b_x": torch.zeros(n, dtype=A.dtype, device=A.device) if b_x is None else b_x,
-            "b_y": torch.zeros(q, dtype=A.dtype, device=A.device) if b_y is None else b_y,
-        }
-        self._hold({name: copied(tensor) for name, tensor in given.items()}, blocks)
+        none = {"dtype": A.dtype, "device": A.device}
+        given = {
+            "A": A, "B": B, "C": C, "D": zeros(q, p, A) if D is None else D,
+            "b_x": torch.zeros(n, **none) if b_x is None else b_x,
+            "b_y": torch.zeros(q, **none) if b_y is None else b_y,
+        }  # fmt: skip
+        self._hold({name: _copied(tensor) for name, tensor in given.items()}, blocks)
 
     def _hold(self, tensors: dict[str, Tensor], blocks: Activation | Sequence[tuple[Activation, int]]) -> None:
-        tensors |= well_formed(tensors)
-        # By the instance's own dictionary, since nothing of it can be set.
+        _check_matrices({name: tensors[name] for name in "ABCD"})
+        tensors |= {name: normalized(tensors[name]) for name in "ABCD"}
+        # Through the instance's own dictionary, since no attribute can be set.
         vars(self).update(
             _tensors=tensors,
             _versions=[version(tensor) for tensor in tensors.values()],
-            blocks=blocks_given(blocks, tensors["A"].shape[0]),
+            blocks=_blocks(blocks, tensors["A"].shape[0]),
         )
-        check_form(self)
+        _check_fit(tensors)
 
     def _unchanged(self) -> dict[str, Tensor]:
         """The tensors, which are what they were when the model was made."""
@@ -174,6 +200,12 @@ class StateSpace:
         """States of each block."""
         return tuple(block.size for block in self.blocks)
 
+    @property
+    def slopes(self) -> Tensor:
+        """(n,) max|φ'| of every state."""
+        slopes = [block.activation.lipschitz for block in self.blocks for _ in range(block.size)]
+        return torch.tensor(slopes, dtype=self.dtype, device=self.device)
+
     @cached_property
     def activation(self) -> Activation:
         """φ of the whole state, each block's own on its columns of (..., n)."""
@@ -186,7 +218,7 @@ class StateSpace:
 
     def replace(self, **changes: Any) -> StateSpace:
         """A model with some of A, B, C, D, b_x, b_y and blocks changed."""
-        return self.holding(**{name: copied(given) for name, given in changes.items()})
+        return self.holding(**{name: _copied(given) for name, given in changes.items()})
 
     def holding(self, **changes: Any) -> StateSpace:
         """As `replace`, for tensors that were made for it, which it need not copy."""
@@ -244,6 +276,18 @@ class StateSpace:
             raise wrong(WHO, f"x0 of shape (batch={len(u)}, n={self.n})", tuple(x0.shape))
         return self._solved(u, x0, solver, adjoint, on_failure)
 
+    def state(
+        self,
+        u: Tensor,
+        x0: Tensor | None = None,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> Tensor:
+        """The state x alone, (batch, n); the arguments are those of `solve`."""
+        return self.solve(u, x0, solver=solver, adjoint=adjoint, on_failure=on_failure).value  # type: ignore[return-value]
+
     def pre_activation(self, x: Tensor, u: Tensor) -> Tensor:
         """z = Ax + Bu + b_x."""
         return linear(x, self.A, linear(u, self.B, self.b_x))
@@ -256,27 +300,48 @@ class StateSpace:
         """``outer @ inner``: u ↦ outer(inner(u))."""
         if not isinstance(inner, StateSpace):
             return NotImplemented
-        return algebra.cascade(self, inner)
+        outer, inner = alike("cascade", self, inner)
+        if outer.p != inner.q:
+            raise wrong("cascade", f"an outer model whose p is q={inner.q} of the inner one", f"p={outer.p}")
+        states = [outer.n, inner.n]
+        return outer.holding(
+            A=assemble([[outer.A, product(outer.B, inner.C)], [None, inner.A]], states, states),
+            B=assemble([[product(outer.B, inner.D)], [inner.B]], states, [inner.p]),
+            C=assemble([[outer.C, product(outer.D, inner.C)]], [outer.q], states),
+            D=product(outer.D, inner.D),
+            b_x=torch.cat((outer.b_x + outer.B @ inner.b_y, inner.b_x)),
+            b_y=outer.b_y + outer.D @ inner.b_y,
+            blocks=outer.blocks + inner.blocks,
+        )
 
     def __add__(self, other: StateSpace) -> StateSpace:
         """u ↦ self(u) + other(u)."""
         if not isinstance(other, StateSpace):
             return NotImplemented
-        return algebra.add(self, other)
-
-    def __sub__(self, other: StateSpace) -> StateSpace:
-        if not isinstance(other, StateSpace):
-            return NotImplemented
-        return algebra.add(self, algebra.scale(other, -1.0))
-
-    def __neg__(self) -> StateSpace:
-        return algebra.scale(self, -1.0)
+        first, second = models = alike("add", self, other)
+        same_size("add", "p", models)
+        same_size("add", "q", models)
+        return first.holding(
+            **side_by_side(models),
+            B=assemble([[first.B], [second.B]], [first.n, second.n], [first.p]),
+            C=assemble([[first.C, second.C]], [first.q], [first.n, second.n]),
+            D=first.D + second.D,
+            b_y=first.b_y + second.b_y,
+        )
 
     def __mul__(self, factor: float) -> StateSpace:
         """u ↦ factor · self(u)."""
-        return algebra.scale(self, factor)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+            raise wrong("scale", "factor to be a finite number", repr(factor))
+        return self.holding(C=factor * self.C, D=factor * self.D, b_y=factor * self.b_y)
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> StateSpace:
+        return -1.0 * self
+
+    def __sub__(self, other: StateSpace) -> StateSpace:
+        return self + -other if isinstance(other, StateSpace) else NotImplemented
 
     def __repr__(self) -> str:
         blocks = ", ".join(f"{block.activation.name} {block.size}" for block in self.blocks) or "none"
@@ -289,16 +354,12 @@ class StateSpace:
         return type(self), (*self._unchanged().values(), self.blocks)
 
     @cached_property
-    def _frozen_order(self) -> list[Component]:
+    def _frozen_plan(self) -> list[Component]:
         # Made in inference mode, it could not be used outside of it.
         with torch.inference_mode(False):
-            return self._planned()
+            return self._plan()
 
-    def _order(self) -> list[Component]:
-        # What is kept must not hold a graph, which the first backward would free.
-        return self._planned() if self.A.requires_grad else self._frozen_order
-
-    def _planned(self) -> list[Component]:
+    def _plan(self) -> list[Component]:
         # The plan reads all of A in any case.
         check_finite(WHO, self)
         return plan(self.A, self.blocks)
@@ -312,7 +373,9 @@ class StateSpace:
         on_failure: OnFailure = "warn",
     ) -> Solution:
         b = linear(u, self.B, self.b_x)
-        return solve_in_order(self._order(), b, self.sizes, x0, solver, adjoint, on_failure)
+        # A plan that is kept must not hold a graph, which the first backward would free.
+        order = self._plan() if self.A.requires_grad else self._frozen_plan
+        return solve_in_order(order, b, self.sizes, x0, solver, adjoint, on_failure)
 
     def flat(self, given: Tensor) -> Tensor:
         """An input (batch, \\*any) as rows (batch, p), checked."""
@@ -338,3 +401,107 @@ def _layout(u: Tensor, p: int) -> str:
     if u.dim() > 2 and u.shape[-1] == p:
         return f"Samples stand along one dimension: u.flatten(0, {u.dim() - 2})."
     return f"Pass {p} features a sample."
+
+
+class HasStateSpace(Protocol):
+    """A model that can write itself as its matrices; `ImplicitModel` does."""
+
+    def statespace(self) -> StateSpace: ...
+
+
+Model: TypeAlias = StateSpace | HasStateSpace
+
+
+def space_of(who: str, model: Model) -> StateSpace:
+    """The model's matrices, in its own layout and dtype, without a graph."""
+    if not isinstance(model, StateSpace):
+        if not callable(getattr(model, "statespace", None)):
+            raise wrong(
+                who, "an ImplicitModel, a StateSpace, or a model with statespace()", type(model).__name__,
+                "Convert a network with implicitdl.statespace.from_module.",
+            )  # fmt: skip
+        model = model.statespace()
+    return model.detach()
+
+
+def check_finite(who: str, space: StateSpace) -> None:
+    """Refuse matrices and biases with entries that are not finite."""
+    for name, tensor in space._unchanged().items():
+        errors.finite(who, name, tensor.values() if is_sparse(tensor) else tensor, errors.DIVERGED)
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; it shares the number with its views.  None where torch keeps none."""
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
+
+
+def alike(who: str, *models: StateSpace) -> tuple[StateSpace, ...]:
+    """The models in one layout, sparse when any is; their dtypes and devices must agree."""
+    if not models:
+        raise wrong(who, "at least one model", "none")
+    for other in models[1:]:
+        if (other.dtype, other.device) != (models[0].dtype, models[0].device):
+            raise wrong(
+                who, f"models of one dtype and device, {models[0].dtype} on {models[0].device}",
+                f"{other.dtype} on {other.device}", "Move one of them with .to().",
+            )  # fmt: skip
+    return tuple(m.to_sparse() for m in models) if any(m.is_sparse for m in models) else models
+
+
+def same_size(who: str, size: str, models: Sequence[StateSpace]) -> None:
+    sizes = [getattr(m, size) for m in models]
+    if len(set(sizes)) > 1:
+        raise wrong(who, f"models of the same {size}", sizes)
+
+
+def side_by_side(models: Sequence[StateSpace]) -> dict[str, Any]:
+    """The states of several models that do not see each other."""
+    return {
+        "A": block_diagonal([m.A for m in models]),
+        "b_x": torch.cat([m.b_x for m in models]),
+        "blocks": sum((m.blocks for m in models), ()),
+    }
+
+
+def _copied(given: Any) -> Any:
+    """A copy of a tensor; any other value is left for the checks to refuse."""
+    return normalized(given).clone() if isinstance(given, Tensor) else given
+
+
+def _check_matrices(given: Mapping[str, Any]) -> None:
+    for name, M in given.items():
+        if not isinstance(M, Tensor) or M.dim() != 2 or not M.is_floating_point():
+            got: object = (tuple(M.shape), M.dtype) if isinstance(M, Tensor) else type(M).__name__
+            raise wrong(WHO, f"{name} to be a floating-point matrix", got)
+
+
+def _blocks(given: Activation | Sequence[tuple[Activation, int]], n: int) -> tuple[Block, ...]:
+    if isinstance(given, Activation):
+        return (Block(given, n),) if n else ()
+    blocks = tuple(Block(*pair) for pair in given)
+    for activation, size in blocks:
+        if not isinstance(activation, Activation):
+            raise wrong(WHO, "blocks of pairs (Activation, size)", repr(activation))
+        errors.positive_int(WHO, "the size of a block", size)
+    total = sum(block.size for block in blocks)
+    if total != n:
+        raise wrong(WHO, f"blocks whose sizes add up to n={n}", f"{[block.size for block in blocks]}, {total} in all")
+    return blocks
+
+
+def _check_fit(tensors: Mapping[str, Any]) -> None:
+    """Refuse tensors whose shapes, dtypes, devices or layouts do not go together."""
+    A, n, p, q = tensors["A"], len(tensors["A"]), tensors["B"].shape[1], len(tensors["C"])
+    shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b_x": (n,), "b_y": (q,)}
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise wrong(WHO, f"{name} of shape {shape} with n={n}, p={p}, q={q}", got)
+        if (tensor.dtype, tensor.device) != (A.dtype, A.device):
+            raise wrong(WHO, f"{name} like A, {A.dtype} on {A.device}", f"{tensor.dtype} on {tensor.device}")
+        if is_sparse(tensor) != (is_sparse(A) and len(shape) == 2):
+            raise wrong(
+                WHO, "matrices that are all dense, or all sparse beside dense biases",
+                f"{name} {'sparse' if is_sparse(tensor) else 'dense'}", "Build it dense and call to_sparse().",
+            )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from .._internal.errors import wrong
 from ..certify import CertifiedAccuracy, sensitivity
-from ..statespace.given import Model
+from ..statespace.space import Model
 from .canvas import AMBER, BLUE, INK, RED, PathLike, new_figure, one_axes, plain, written
 
 if TYPE_CHECKING:

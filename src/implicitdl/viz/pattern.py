@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._internal.errors import extra, non_negative
 from ..statespace import StateSpace
-from ..statespace.given import Model, space_of
 from ..statespace.matrices import count_nonzero, entries, starts
+from ..statespace.space import Model, space_of
 from .canvas import AMBER, BLUE, GREY, INK, PathLike, one_axes, written
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...activations import Activation
-from ..blocks import Block, joined
+from ..block_solve import Block, joined
 from ..matrices import assemble, coo, entries, linear, product, zeros
 from ..space import StateSpace
 
@@ -175,8 +175,7 @@ class Affine:
         z = self.applied(space.B, space.b_x)
         M = assemble([[widened(z.M, width), space.A]], [space.n], [width, space.n])
         with torch.no_grad():
-            x = space.solve(self.net.evaluated(self)).value
-        assert isinstance(x, Tensor)
+            x = space.state(self.net.evaluated(self))
         return self.net.append(space.blocks, M, z.c, x).applied(space.C).plus(self.applied(space.D, space.b_y))
 
     def gathered(self, index: Tensor) -> Affine:

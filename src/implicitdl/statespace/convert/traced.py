@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-from ..form import version
+from ..space import version
 from .affine import Affine, NoFormError
 from .rules import CONSTANTS, SHAPES, VIEW_ATTRIBUTES, rule_of
 

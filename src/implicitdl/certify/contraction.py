@@ -1,4 +1,4 @@
-"""The form of a model that bounds are computed from: dense, in float64, without self-loops, proved to contract."""
+"""The form of a model that bounds are computed from, with the proof that it contracts, and what that alone proves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .._internal.errors import ArgumentError, wrong
 from ..solution import ConvergenceError
-from ..statespace import StateSpace, eliminate_diagonal, perron_root, perron_weights
-from ..statespace.blocks import slopes_of
-from ..statespace.form import check_finite
-from ..statespace.given import Model, space_of
-from ..statespace.perron import gains
+from ..solvers import Solver
+from ..statespace import StateSpace, eliminate_diagonal, perron_root
+from ..statespace.perron import gains, least_weights
+from ..statespace.space import Model, check_finite, space_of
+from .functionals import Box
 
 # Attempts at a box that maps into itself.  The first widening is enough but for rounding, which takes one or two more.
 _ATTEMPTS = 50
@@ -71,11 +71,6 @@ class Contractive:
     gamma: float
 
     @property
-    def slopes(self) -> Tensor:
-        """max|φ'| of every state, (n,)."""
-        return slopes_of(self.space.blocks, self.space.b_x)
-
-    @property
     def rounding(self) -> float:
         """How far a product with the rows of this model may be off, relative to the sum of absolute values."""
         return rounding(self.space.n + self.space.p, self.space.dtype)
@@ -112,9 +107,12 @@ class Contractive:
 
 def contractive(who: str, model: Model | Contractive) -> Contractive:
     """The model in the form that the bounds need, or an error that names what is missing."""
-    if isinstance(model, Contractive):
-        return model
-    space = without_self_loops(exact_space(who, model))
+    return model if isinstance(model, Contractive) else contraction(who, exact_space(who, model))
+
+
+def contraction(who: str, exact: StateSpace) -> Contractive:
+    """`contractive` of a model that `exact_space` has made."""
+    space = without_self_loops(exact)
     M = gains(space)
     found = perron_certificate(M)
     if found is None:
@@ -136,6 +134,67 @@ def perron_certificate(M: Tensor) -> tuple[Tensor, float] | None:
     if not root < 1 - 1e-8:
         return None
     # Halfway to 1: v stays well scaled where it may, and γ away from 1.
-    v = perron_weights(M, (1 + root) / 2) if len(M) else M.new_zeros(0)
+    v = least_weights(M, (1 + root) / 2)
+    if v is None:
+        return None
     gamma = float(((M @ v) / v).max()) * (1 + rounding(len(M), M.dtype)) if len(M) else 0.0
     return (v, gamma) if gamma < 1 else None
+
+
+def sensitivity(model: Model | Contractive) -> Tensor:
+    """S = |C|(I − M)⁻¹G|B| + |D|, with G = diag(max|φ'|) and M = G|A|: |u' − u| ≤ σ gives |y' − y| ≤ Sσ.
+
+    Self-loops of ReLU states are eliminated first, which is the same as keeping the sign of A's diagonal.
+
+    Arguments:
+        model: an `ImplicitModel` or `StateSpace` whose equation contracts, λ_pf(M) < 1; any φ of bounded slope.
+
+    Returns:
+        (q, p) float64, nonnegative, rounded upwards.
+
+    Raises:
+        ArgumentError: the equation is not known to contract.
+
+    Source: El Ghaoui et al., Implicit Deep Learning (2021), §5, for slopes in [−1, 1].
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import StateSpace, certify
+        >>> A, B, C = (torch.tensor([[value]], dtype=torch.float64) for value in (-0.5, 3.0, -2.0))
+        >>> round(certify.sensitivity(StateSpace(A, B, C)).item(), 6)  # 2 · 3 / 1.5
+        4.0
+    """
+    model = contractive("sensitivity", model)
+    space = model.space
+    moved = contained(model, (model.space.slopes.unsqueeze(1) * space.B.abs()).t())
+    S = moved @ space.C.abs().t() + space.D.abs().t()
+    return S.t() * (1 + model.rounding)
+
+
+def contained(model: Contractive, w: Tensor) -> Tensor:
+    """e ≥ (I − M)⁻¹w, (batch, n), for disturbances w ≥ 0 in rows.
+
+    Every e ≥ 0 with Me + w ≤ e is one, since (I − M)⁻¹ ≥ 0; the solution of the linear system is widened until that is
+    seen to hold with its rounding.
+    """
+    system = torch.eye(len(model.M), dtype=w.dtype, device=w.device) - model.M
+    e = torch.linalg.solve(system, w.t()).t().clamp(min=0)
+
+    def outside(wider: Tensor) -> Tensor:
+        whole = e + wider
+        return (whole @ model.M.t() + w) * (1 + model.rounding) - whole
+
+    return e + model.widening(outside, len(w))
+
+
+def around_center(model: Contractive, u: Box, solver: Solver | None) -> Box:
+    """A box of states around that of the box's centre, of radius (I − M)⁻¹(G|B|ρ + the centre's own residual)."""
+    space = model.space
+    center = u.center
+    x = space.state(center, solver=solver, on_failure="ignore")
+    fx = space.activation.phi(space.pre_activation(x, center))
+    gain = model.space.slopes
+    size = x.abs() @ space.A.abs().t() + u.magnitude @ space.B.abs().t() + space.b_x.abs()
+    disturbance = gain * (u.radius @ space.B.abs().t()) + (fx - x).abs()
+    e = contained(model, disturbance + model.slack(gain * size + fx.abs() + x.abs()))
+    return Box(x - e, x + e)

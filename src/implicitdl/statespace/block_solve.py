@@ -1,27 +1,64 @@
-"""The solution of x = φ(Ax + b) in the order of its blocks: what loops is iterated, everything else is one pass."""
+"""The solution of x = φ(Ax + b) block by block: blocks that loop are iterated, every other one is a single pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation
+from ..activations import IDENTITY, Activation
 from ..adjoints import Adjoint
 from ..equations.equilibrium import Equilibrium
 from ..fixed_point import fixed_point
 from ..solution import BackwardReport, OnFailure, Solution, SolveStats, Status
 from ..solvers import Solver
-from .blocks import Block, joined
-from .graph import components
-from .matrices import assemble, csr, dense, is_sparse, linear, partition
+from .matrices import assemble, component_numbers, csr, dense, is_sparse, linear, partition
 
 # Share of nonzeros about where a dense product overtakes one with a CSR matrix; it decides on nothing but speed.
 _WORTH_SPARSE = 0.1
 
 Needs = tuple[tuple[int, Tensor], ...]  # blocks and the parts of A that multiply their states
+
+
+class Block(NamedTuple):
+    """Consecutive components of the state under one activation."""
+
+    activation: Activation
+    size: int
+
+
+def joined(blocks: Sequence[Block]) -> Activation:
+    """φ of the whole state, (batch, n), as one record: each block's own on its components."""
+    kinds = list(dict.fromkeys(block.activation for block in blocks))
+    if not kinds:
+        return IDENTITY
+    if len(kinds) == 1:
+        return kinds[0]
+    return Activation(
+        "+".join(kind.name for kind in kinds),
+        _Piecewise(tuple(blocks), derivative=False),
+        _Piecewise(tuple(blocks), derivative=True),
+        (min(kind.slope[0] for kind in kinds), max(kind.slope[1] for kind in kinds)),
+        all(kind.homogeneous for kind in kinds),
+    )
+
+
+@dataclass(frozen=True)
+class _Piecewise:
+    """φ or φ' of every block on its columns.  It keeps the records, which can be pickled where functions cannot."""
+
+    blocks: tuple[Block, ...]
+    derivative: bool
+
+    def __call__(self, z: Tensor) -> Tensor:
+        parts = z.split([block.size for block in self.blocks], -1)
+        kinds = [block.activation for block in self.blocks]
+        each = [a.dphi(part) if self.derivative else a.phi(part) for a, part in zip(kinds, parts, strict=True)]
+        return torch.cat(each, -1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +92,30 @@ def plan(A: Tensor, blocks: Sequence[Block]) -> list[Component]:
     needs: list[list[int]] = [[] for _ in blocks]
     for k, m in parts:
         needs[k].append(m)
-    return [_component(group, needs, parts, blocks) for group in components(needs)]
+    return [_component(group, needs, parts, blocks) for group in components(parts, len(blocks))]
+
+
+def components(needs: Collection[tuple[int, int]], size: int) -> list[list[int]]:
+    """The strongly connected components of the graph in which k needs m for every pair (k, m).
+
+    Returns:
+        The nodes of each, ascending; each component comes after all that it needs.
+
+    Example:
+        >>> from implicitdl.statespace.block_solve import components
+        >>> components([(0, 1), (1, 2), (2, 1), (3, 0)], 4)
+        [[1, 2], [0], [3]]
+    """
+    rows, columns = torch.tensor([*needs], dtype=torch.int64, device="cpu").view(-1, 2).t()
+    number = component_numbers(rows, columns, size).tolist()
+    members: dict[int, list[int]] = {c: [] for c in number}
+    for node, c in enumerate(number):
+        members[c].append(node)
+    order = TopologicalSorter({c: set[int]() for c in members})
+    for k, m in needs:
+        if number[k] != number[m]:
+            order.add(number[k], number[m])
+    return [members[c] for c in order.static_order()]
 
 
 def _component(
