@@ -1,9 +1,11 @@
 """Certification: what can be proved about a model, how close attacks come to it, and training for it."""
 
 from .accuracy import AttackedAccuracy, CertifiedAccuracy, attacked_accuracy, certified_accuracy, pgd
-from .bounds import Crown, Interval, Margins, Method, Sensitivity, margins, output_bounds
-from .contraction import Contractive, contractive, sensitivity
+from .bounds import Margins, margins, output_bounds
+from .contraction import Contractive, Method, Sensitivity, contractive, sensitivity
+from .crown import Crown
 from .functionals import Box
+from .interval import Interval
 from .lipschitz import lipschitz_inf, lipschitz_sdp, lipschitz_two
 from .loss import CertifiedLoss
 from .well_posed import Condition, WellPosedness, p_matrix, well_posed

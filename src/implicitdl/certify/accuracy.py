@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._internal.errors import non_negative, positive_int, wrong
 from ..statespace.space import Model
-from .bounds import Crown, Method, margins
-from .contraction import contraction, exact_space
+from .bounds import margins
+from .contraction import Method, contraction, exact_space
+from .crown import Crown
 from .functionals import Box, check_labels, losing_by, right
 
 # Step size in units of ε/steps: far enough to cross the ball, and to come back from a face (Madry et al. 2018).
@@ -143,6 +144,8 @@ def certified_accuracy(
     """
     who = "certified_accuracy"
     non_negative(who, "eps", eps)
+    positive_int(who, "steps", steps)
+    positive_int(who, "restarts", restarts)
     method = Crown() if method is None else method
     space = exact_space(who, model)
     proved = contraction(who, space)
@@ -175,8 +178,8 @@ def _attacked(
     """Which samples are right, and which still are under attack, (batch,) each."""
     worst = pgd(model, u, labels, eps, steps=steps, restarts=restarts, domain=domain)
     with torch.no_grad():
-        clean, stands = (right(model(points), labels) for points in (u, worst))
-    return clean, clean & stands
+        clean = right(model(u), labels)
+        return clean, clean & right(model(worst), labels)
 
 
 def _some(who: str, samples: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..solvers import Solver
 from ..statespace import StateSpace, eliminate_diagonal, perron_root
 from ..statespace.perron import gains, least_weights
 from ..statespace.space import Model, check_finite, space_of
-from .functionals import Box
+from .functionals import Box, Functionals
 
 # Attempts at a box that maps into itself.  The first widening is enough but for rounding, which takes one or two more.
 _ATTEMPTS = 50
@@ -198,3 +200,43 @@ def around_center(model: Contractive, u: Box, solver: Solver | None) -> Box:
     disturbance = gain * (u.radius @ space.B.abs().t()) + (fx - x).abs()
     e = contained(model, disturbance + model.slack(gain * size + fx.abs() + x.abs()))
     return Box(x - e, x + e)
+
+
+class Upper(NamedTuple):
+    """Upper bounds of some functionals, (batch, m), and where a raw adjoint bound, if any, was above the interval's."""
+
+    value: Tensor
+    lost: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """How to bound affine functions of state and input over a box of inputs.
+
+    Arguments:
+        solver: solves the bound's own equilibria; `Auto()` by default.  Its accuracy decides how tight the bound is and
+            never whether it is true.
+    """
+
+    solver: Solver | None = None
+
+    @abstractmethod
+    def uppers(self, model: Contractive, u: Box, of: Sequence[Functionals]) -> list[Upper]:
+        """An upper bound of every functional, true for every input of the box."""
+
+
+def in_boxes(model: Contractive, x: Box, u: Box, of: Functionals) -> Upper:
+    """The bound of functionals when states and inputs vary freely in their boxes."""
+    return Upper(of.upper(x, u) + model.slack(of.magnitude(x, u)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Method):
+    """|x − x₀| ≤ (I − M)⁻¹G|B|ρ around the box's centre: the worst case of all inputs, for any φ of bounded slope.
+
+    Source: El Ghaoui et al., Implicit Deep Learning (2021), §5; see `sensitivity`.
+    """
+
+    def uppers(self, model: Contractive, u: Box, of: Sequence[Functionals]) -> list[Upper]:
+        x = around_center(model, u, self.solver)
+        return [in_boxes(model, x, u, part) for part in of]

@@ -10,6 +10,7 @@ differentiates the model does the same for its bound.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ from ..adjoints import Adjoint
 from ..solution import OnFailure
 from ..solvers import Solver
 from ..statespace import StateSpace, embedding
-from .contraction import Contractive
-from .functionals import Box
+from .contraction import Contractive, Method, Upper, in_boxes
+from .functionals import Box, Functionals
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,3 +101,16 @@ def outwards(low: Tensor, high: Tensor) -> Box:
     """φ is computed to a few units in the last place, and to the smallest normal number where it is next to 0."""
     limits = torch.finfo(low.dtype)
     return Box(low - 8 * limits.eps * low.abs() - limits.tiny, high + 8 * limits.eps * high.abs() + limits.tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval(Method):
+    """Interval propagation, for a nondecreasing φ; never looser than `Sensitivity`.
+
+    Source: Gowal et al., On the Effectiveness of Interval Bound Propagation (2018), for layers; Jafarpour et al.,
+    Robustness Certificates for Implicit Neural Networks (2021), for equilibria.
+    """
+
+    def uppers(self, model: Contractive, u: Box, of: Sequence[Functionals]) -> list[Upper]:
+        x = enclosure(model, u, self.solver).x
+        return [in_boxes(model, x, u, part) for part in of]

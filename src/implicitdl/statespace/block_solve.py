@@ -16,7 +16,7 @@ from ..equations.equilibrium import Equilibrium
 from ..fixed_point import fixed_point
 from ..solution import BackwardReport, OnFailure, Solution, SolveStats, Status
 from ..solvers import Solver
-from .matrices import assemble, component_numbers, csr, dense, is_sparse, linear, partition
+from .matrices import assemble, component_numbers, csr, is_sparse, linear, partition
 
 # Share of nonzeros about where a dense product overtakes one with a CSR matrix; it decides on nothing but speed.
 _WORTH_SPARSE = 0.1
@@ -126,7 +126,7 @@ def _component(
     if any((k, m) in parts for k in group for m in group):
         own = assemble([[parts.get((k, m)) for m in group] for k in group], sizes, sizes)
         if is_sparse(own) and own.values().numel() > _WORTH_SPARSE * own.numel():
-            own = dense(own)
+            own = own.to_dense()
     inside = set(group)
     outside = tuple(tuple((m, _form(parts[k, m])) for m in needs[k] if m not in inside) for k in group)
     activation = joined([blocks[k] for k in group])
@@ -165,6 +165,8 @@ def solve_in_order(
                 else torch.cat([begin[k] for k in component.blocks], 1)
             )
             solution = _iterated(component, component.own, z, start, solver, adjoint, on_failure)
+            if len(order) == 1:
+                return solution
             solved.append(solution)
             value = solution.value  # type: ignore[assignment]
         for k, part in zip(component.blocks, value.split([sizes[k] for k in component.blocks], 1), strict=True):

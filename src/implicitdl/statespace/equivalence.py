@@ -13,8 +13,7 @@ from .block_solve import Block
 from .matrices import (
     coo,
     count_nonzero,
-    dense,
-    diagonal,
+    diagonal_and_rest,
     eye,
     is_sparse,
     loops,
@@ -114,7 +113,7 @@ def eliminate_diagonal(space: StateSpace) -> StateSpace:
         >>> m.A, m.B
         (tensor([[0.]]), tensor([[2.]]))
     """
-    a = diagonal(space.A)
+    a, rest = diagonal_and_rest(space.A)
     slopes = []
     for block, part in zip(space.blocks, a.split(list(space.sizes)), strict=True):
         low, high = block.activation.slope
@@ -129,8 +128,7 @@ def eliminate_diagonal(space: StateSpace) -> StateSpace:
     if bool((gain >= 1).any()):
         raise wrong("eliminate_diagonal", "a_ii max φ' < 1", f"{float(gain.max()):.6g} at i={int(gain.argmax())}")
     rows = 1 / (1 - gain)
-    off = space.A - scaled(eye(space.n, space.A), a)
-    return space.holding(A=scaled(off, rows), B=scaled(space.B, rows), b_x=rows * space.b_x)
+    return space.holding(A=scaled(rest, rows), B=scaled(space.B, rows), b_x=rows * space.b_x)
 
 
 def eliminate_linear(space: StateSpace) -> StateSpace:
@@ -183,7 +181,7 @@ def inverse_of_gap(who: str, what: str, M: Tensor) -> Tensor:
         while count_nonzero(power):
             total, power = total + power, product(power, M)
         return total.coalesce() if is_sparse(total) else total
-    gap = dense(identity - M)
+    gap = (identity - M).to_dense()
     singular = torch.linalg.svdvals(gap.detach())
     if not float(singular[-1]) > len(gap) * torch.finfo(gap.dtype).eps * float(singular[0]):
         raise wrong(
@@ -224,7 +222,7 @@ def selection(space: StateSpace, kept: Tensor) -> Tensor:
     """The P, (n, m), that puts the j-th kept state in its old place, in the layout of the model."""
     ones = torch.ones(len(kept), dtype=space.dtype, device=space.device)
     P = coo(kept, torch.arange(len(kept), device=kept.device), ones, (space.n, len(kept)))
-    return P if space.is_sparse else dense(P)
+    return P if space.is_sparse else P.to_dense()
 
 
 def blocks_of(space: StateSpace, kept: Tensor) -> tuple[Block, ...]:

@@ -31,6 +31,14 @@ def coo(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -
     return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, device=values.device).coalesce()
 
 
+def with_values(M: Tensor, values: Tensor, width: int | None = None) -> Tensor:
+    """A coalesced M with other values at its entries, and with so many columns."""
+    shape = (M.shape[0], M.shape[1] if width is None else width)
+    return torch.sparse_coo_tensor(
+        M.indices(), values, shape, is_coalesced=True, check_invariants=False, device=values.device
+    )
+
+
 def normalized(M: Tensor) -> Tensor:
     """Strided as it is, every other layout as coalesced COO."""
     if not is_sparse(M):
@@ -43,10 +51,6 @@ def sparse(M: Tensor) -> Tensor:
         return M
     rows, columns = M.detach().nonzero(as_tuple=True)
     return coo(rows, columns, M[rows, columns], (M.shape[0], M.shape[1]))
-
-
-def dense(M: Tensor) -> Tensor:
-    return M.to_dense() if is_sparse(M) else M
 
 
 def entries(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +127,14 @@ def scaled(M: Tensor, rows: Tensor | None = None, columns: Tensor | None = None)
     return coo(i, j, values if columns is None else values * columns[j], (M.shape[0], M.shape[1]))
 
 
-def diagonal(M: Tensor) -> Tensor:
-    """(n,) the diagonal."""
+def diagonal_and_rest(M: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal, (n,), and M with zeros in its place."""
     if not is_sparse(M):
-        return M.diagonal()
+        return M.diagonal(), M - torch.diag(M.diagonal())
     rows, columns, values = entries(M)
-    on = rows == columns
-    return torch.zeros(M.shape[0], dtype=M.dtype, device=M.device).index_put((rows[on],), values[on])
+    on, off = rows == columns, rows != columns
+    diagonal = torch.zeros(M.shape[0], dtype=M.dtype, device=M.device).index_put((rows[on],), values[on])
+    return diagonal, coo(rows[off], columns[off], values[off], (M.shape[0], M.shape[1]))
 
 
 def eye(n: int, like: Tensor) -> Tensor:
@@ -138,14 +143,6 @@ def eye(n: int, like: Tensor) -> Tensor:
         return torch.eye(n, dtype=like.dtype, device=like.device)
     diagonal = torch.arange(n, device=like.device)
     return coo(diagonal, diagonal, torch.ones(n, dtype=like.dtype, device=like.device), (n, n))
-
-
-def zeros(rows: int, columns: int, like: Tensor) -> Tensor:
-    """0, in the layout of ``like``."""
-    if not is_sparse(like):
-        return torch.zeros(rows, columns, dtype=like.dtype, device=like.device)
-    nothing = torch.empty(0, dtype=torch.int64, device=like.device)
-    return coo(nothing, nothing, torch.empty(0, dtype=like.dtype, device=like.device), (rows, columns))
 
 
 def assemble(blocks: Sequence[Sequence[Tensor | None]], heights: Sequence[int], widths: Sequence[int]) -> Tensor:

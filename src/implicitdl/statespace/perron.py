@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._internal.errors import open_unit, wrong
 from ..activations import IDENTITY
-from .matrices import coo, dense, entries, eye, loops, take
+from .matrices import eye, loops, take, with_values
 from .space import StateSpace
 
 # Weights are computed for a κ smaller by this much, so that what rounding takes away never shows.
@@ -38,15 +38,17 @@ def perron_root(A: Tensor) -> float:
         0.0
     """
     A = A.detach()
-    return max((_irreducible_root(dense(take(A, nodes, nodes)).abs().double()) for nodes in loops(A)), default=0.0)
+    return max((_irreducible_root(take(A, nodes, nodes).to_dense().abs().double()) for nodes in loops(A)), default=0.0)
 
 
 def gains(space: StateSpace) -> Tensor:
     """|A| with each row times max|φ'| of its state: how far a change of one state can change another."""
-    rows, columns, values = entries(space.A.detach())
-    # Entry by entry, since a slope may be infinite and 0 · ∞ is not what an arc that is not there can do.
-    M = coo(rows, columns, space.slopes[rows] * values.abs(), (space.n, space.n))
-    return M if space.is_sparse else M.to_dense()
+    A = space.A.detach()
+    # A slope may be infinite, and 0 · ∞ is not the effect of an arc that does not exist.
+    if space.is_sparse:
+        size = A.values().abs()
+        return with_values(A, torch.where(size == 0, 0.0, space.slopes[A.indices()[0]] * size))
+    return torch.where(A == 0, 0.0, space.slopes.unsqueeze(1) * A.abs())
 
 
 def loop_gain(space: StateSpace) -> float:
@@ -98,7 +100,7 @@ def least_weights(M: Tensor, kappa: float) -> Tensor | None:
     """The v of `perron_weights` for M ≥ 0 in float64; None where λ_pf(M) ≥ κ."""
     v = _swept(M, kappa, torch.ones(len(M), dtype=M.dtype, device=M.device))
     if v is None and perron_root(M) < kappa * (1 - _SLACK):
-        v = _swept(M, kappa, _by_policies(dense(M) / (kappa * (1 - _SLACK))))
+        v = _swept(M, kappa, _by_policies(M.to_dense() / (kappa * (1 - _SLACK))))
     return v
 
 

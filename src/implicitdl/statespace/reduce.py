@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..solvers import Auto
 from .equivalence import block_numbers, blocks_of, rewritten, selection
-from .matrices import abs_row_sums, assemble, coo, dense, entries, scaled, take, take_rows, zeros
+from .matrices import abs_row_sums, assemble, coo, entries, scaled, take, take_rows
 from .space import StateSpace
 
 # States that never change are found once and used for ever: to nearly the last digits of float64.
@@ -70,7 +70,7 @@ def fold_constant(space: StateSpace) -> StateSpace:
     if len(still) == 0:
         return space
     alone = StateSpace(
-        take(space.A, still, still), zeros(len(still), 1, space.A), zeros(1, len(still), space.A),
+        take(space.A, still, still), space.A.new_zeros(len(still), 1), space.A.new_zeros(1, len(still)),
         b_x=space.b_x[still], blocks=blocks_of(space, still),
     ).to(torch.float64)  # fmt: skip
     nothing = torch.zeros(1, 1, dtype=torch.float64, device=space.device)
@@ -108,7 +108,7 @@ def merge_proportional(space: StateSpace) -> StateSpace:
         return space
     P = coo(torch.arange(space.n, device=space.device), torch.searchsorted(kept, leader), sizes / sizes[leader],
             (space.n, len(kept)))  # fmt: skip
-    return rewritten(space, kept, P if space.is_sparse else dense(P))
+    return rewritten(space, kept, P if space.is_sparse else P.to_dense())
 
 
 def _first_of_equal(R: Tensor) -> Tensor:

@@ -21,14 +21,12 @@ from .matrices import (
     assemble,
     block_diagonal,
     count_nonzero,
-    dense,
     eye,
     is_sparse,
     linear,
     normalized,
     product,
     sparse,
-    zeros,
 )
 
 WHO = "StateSpace"
@@ -106,7 +104,7 @@ class StateSpace:
         n, p, q = A.shape[0], B.shape[1], C.shape[0]
         none = {"dtype": A.dtype, "device": A.device}
         given = {
-            "A": A, "B": B, "C": C, "D": zeros(q, p, A) if D is None else D,
+            "A": A, "B": B, "C": C, "D": A.new_zeros(q, p) if D is None else D,
             "b_x": torch.zeros(n, **none) if b_x is None else b_x,
             "b_y": torch.zeros(q, **none) if b_y is None else b_y,
         }  # fmt: skip
@@ -121,7 +119,7 @@ class StateSpace:
             _versions=[version(tensor) for tensor in tensors.values()],
             blocks=_blocks(blocks, tensors["A"].shape[0]),
         )
-        _check_fit(tensors)
+        _check_fit(self)
 
     def _unchanged(self) -> dict[str, Tensor]:
         """The tensors, which are what they were when the model was made."""
@@ -152,7 +150,7 @@ class StateSpace:
             tensor([[3.]])
         """
         q, p = D.shape
-        return cls(zeros(0, 0, D), zeros(0, p, D), zeros(q, 0, D), D, b_y=b_y, blocks=())
+        return cls(D.new_zeros(0, 0), D.new_zeros(0, p), D.new_zeros(q, 0), D, b_y=b_y, blocks=())
 
     @classmethod
     def elementwise(cls, activation: Activation, size: int, like: Tensor) -> StateSpace:
@@ -166,7 +164,7 @@ class StateSpace:
             tensor([[1., 0.]])
         """
         identity = eye(errors.positive_int(WHO, "size", size), like)
-        return cls(zeros(size, size, like), identity, identity, blocks=activation)
+        return cls(like.new_zeros(size, size), identity, identity, blocks=activation)
 
     @property
     def n(self) -> int:
@@ -243,7 +241,7 @@ class StateSpace:
 
     def to_dense(self) -> StateSpace:
         """The model with dense matrices."""
-        return self._mapped(lambda tensor: dense(tensor) if tensor.dim() == 2 else tensor)
+        return self._mapped(lambda tensor: tensor.to_dense())
 
     def __call__(self, u: Tensor) -> Tensor:
         """The prediction y, (batch, q), for an input (batch, \\*any) that flattens to (batch, p)."""
@@ -489,18 +487,17 @@ def _blocks(given: Activation | Sequence[tuple[Activation, int]], n: int) -> tup
     return blocks
 
 
-def _check_fit(tensors: Mapping[str, Any]) -> None:
+def _check_fit(space: StateSpace) -> None:
     """Refuse tensors whose shapes, dtypes, devices or layouts do not go together."""
-    A, n, p, q = tensors["A"], len(tensors["A"]), tensors["B"].shape[1], len(tensors["C"])
+    n, p, q = space.n, space.p, space.q
     shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b_x": (n,), "b_y": (q,)}
-    for name, shape in shapes.items():
-        tensor = tensors[name]
+    for (name, tensor), shape in zip(space._tensors.items(), shapes.values(), strict=True):
         if not isinstance(tensor, Tensor) or tensor.shape != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise wrong(WHO, f"{name} of shape {shape} with n={n}, p={p}, q={q}", got)
-        if (tensor.dtype, tensor.device) != (A.dtype, A.device):
-            raise wrong(WHO, f"{name} like A, {A.dtype} on {A.device}", f"{tensor.dtype} on {tensor.device}")
-        if is_sparse(tensor) != (is_sparse(A) and len(shape) == 2):
+        if (tensor.dtype, tensor.device) != (space.dtype, space.device):
+            raise wrong(WHO, f"{name} like A, {space.dtype} on {space.device}", f"{tensor.dtype} on {tensor.device}")
+        if is_sparse(tensor) != (space.is_sparse and len(shape) == 2):
             raise wrong(
                 WHO, "matrices that are all dense, or all sparse beside dense biases",
                 f"{name} {'sparse' if is_sparse(tensor) else 'dense'}", "Build it dense and call to_sparse().",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...activations import Activation
 from ..block_solve import Block, joined
-from ..matrices import assemble, coo, entries, linear, product, zeros
+from ..matrices import assemble, coo, entries, linear, product, with_values
 from ..space import StateSpace
 
 # Of eps: a ResNet-18 is off by 10, and the rest is room for values that cancel.
@@ -89,7 +89,7 @@ class Network:
     def constant(self, value: Tensor) -> Affine:
         """A constant that has a dimension for the batch."""
         sample = self.sample(value)
-        M = zeros(sample.numel(), self.width, self.like.to_sparse())
+        M = self.like.to_sparse().new_zeros(sample.numel(), self.width)
         return Affine(self, M, sample.reshape(-1), tuple(sample.shape))
 
     def model(self, y: Affine) -> StateSpace:
@@ -159,7 +159,7 @@ class Affine:
     def scaled(self, factors: Tensor) -> Affine:
         """Every entry times its own factor, (size,)."""
         values = self.M.values() * factors[self.M.indices()[0]]
-        return replace(self, M=_with_values(self.M, values), c=self.c * factors)
+        return replace(self, M=with_values(self.M, values), c=self.c * factors)
 
     def shifted(self, offsets: Tensor) -> Affine:
         """Every entry plus its own offset, (size,)."""
@@ -223,11 +223,4 @@ def stacked(values: Sequence[Affine]) -> Affine:
 
 def widened(M: Tensor, width: int) -> Tensor:
     """M with columns of zeros for the states that have been found since."""
-    return M if M.shape[1] == width else _with_values(M, M.values(), width)
-
-
-def _with_values(M: Tensor, values: Tensor, width: int | None = None) -> Tensor:
-    shape = (M.shape[0], M.shape[1] if width is None else width)
-    return torch.sparse_coo_tensor(
-        M.indices(), values, shape, is_coalesced=True, check_invariants=False, device=values.device
-    )
+    return M if M.shape[1] == width else with_values(M, M.values(), width)
