@@ -18,22 +18,17 @@ Value = Affine | Tensor | float
 
 
 def activation(record: Activation) -> Callable[..., Affine]:
-    def rule(input: Affine, inplace: bool = False) -> Affine:  # noqa: A002 (torch's name)
+    def rule(input: Affine, inplace: bool = False) -> Affine:
         return input.activated(record)
 
     return rule
 
 
-def leaky_relu(input: Affine, negative_slope: float = 0.01, inplace: bool = False) -> Affine:  # noqa: A002
+def leaky_relu(input: Affine, negative_slope: float = 0.01, inplace: bool = False) -> Affine:
     return input.activated(_leaky(negative_slope))
 
 
-def hardtanh(
-    input: Affine,  # noqa: A002
-    min_val: float | None = -1.0,
-    max_val: float | None = 1.0,
-    inplace: bool = False,
-) -> Affine:
+def hardtanh(input: Affine, min_val: float | None = -1.0, max_val: float | None = 1.0, inplace: bool = False) -> Affine:
     """m + r·hardtanh((z − m)/r), with the interval's middle m and half length r; by ReLU when it has one end."""
     min_val, max_val = _bound(min_val), _bound(max_val)
     if min_val is not None and max_val is not None:
@@ -47,22 +42,22 @@ def hardtanh(
     return add(mul(mul(sub(input, end), sign).activated(RELU), sign), end)
 
 
-def clamp_min(input: Affine, min: Any) -> Affine:  # noqa: A002
+def clamp_min(input: Affine, min: Any) -> Affine:
     return hardtanh(input, min, None)
 
 
-def clamp_max(input: Affine, max: Any) -> Affine:  # noqa: A002
+def clamp_max(input: Affine, max: Any) -> Affine:
     return hardtanh(input, None, max)
 
 
-def prelu(input: Affine, weight: Tensor) -> Affine:  # noqa: A002
+def prelu(input: Affine, weight: Tensor) -> Affine:
     """az + (1 − a) relu(z), with one slope a, or one for each channel."""
     a = weight if weight.numel() == 1 else weight.reshape(-1, *[1] * (len(input.features) - 1))
     return add(mul(input, a), mul(input.activated(RELU), 1 - a))
 
 
 def rrelu(
-    input: Affine,  # noqa: A002
+    input: Affine,
     lower: float = 1 / 8,
     upper: float = 1 / 3,
     training: bool = False,
@@ -73,43 +68,43 @@ def rrelu(
     return leaky_relu(input, (lower + upper) / 2)
 
 
-def absolute(input: Affine) -> Affine:  # noqa: A002
+def absolute(input: Affine) -> Affine:
     """|z| = 2 relu(z) − z."""
     return sub(mul(input.activated(RELU), 2.0), input)
 
 
-def maximum(input: Value, other: Value) -> Affine:  # noqa: A002
+def maximum(input: Value, other: Value) -> Affine:
     """b + relu(a − b)."""
     return add(sub(input, other).activated(RELU), other)
 
 
-def minimum(input: Value, other: Value) -> Affine:  # noqa: A002
+def minimum(input: Value, other: Value) -> Affine:
     """a − relu(a − b)."""
     return sub(input, sub(input, other).activated(RELU))
 
 
-def hardsigmoid(input: Affine, inplace: bool = False) -> Affine:  # noqa: A002
+def hardsigmoid(input: Affine, inplace: bool = False) -> Affine:
     return div(hardtanh(add(input, 3.0), 0.0, 6.0), 6.0)
 
 
-def softshrink(input: Affine, lambd: float = 0.5) -> Affine:  # noqa: A002
+def softshrink(input: Affine, lambd: float = 0.5) -> Affine:
     """z minus its part between −λ and λ."""
     return sub(input, hardtanh(input, -lambd, lambd)) if lambd else input
 
 
-def tanhshrink(input: Affine) -> Affine:  # noqa: A002
+def tanhshrink(input: Affine) -> Affine:
     return sub(input, input.activated(TANH))
 
 
-def copy(input: Affine, src: Value, non_blocking: bool = False) -> Affine:  # noqa: A002
+def copy(input: Affine, src: Value, non_blocking: bool = False) -> Affine:
     return add(mul(input, 0.0), src)
 
 
-def zero(input: Affine) -> Affine:  # noqa: A002
+def zero(input: Affine) -> Affine:
     return mul(input, 0.0)
 
 
-def relu6(input: Affine, inplace: bool = False) -> Affine:  # noqa: A002
+def relu6(input: Affine, inplace: bool = False) -> Affine:
     return hardtanh(input, 0.0, 6.0)
 
 
@@ -118,11 +113,11 @@ def _bound(end: Any) -> Any:
     return None if isinstance(end, float) and math.isinf(end) else end
 
 
-def clamp(input: Affine, min: Any = None, max: Any = None) -> Affine:  # noqa: A002
+def clamp(input: Affine, min: Any = None, max: Any = None) -> Affine:
     return hardtanh(input, min, max)
 
 
-def elu(input: Affine, alpha: float = 1.0, inplace: bool = False) -> Affine:  # noqa: A002
+def elu(input: Affine, alpha: float = 1.0, inplace: bool = False) -> Affine:
     return _default(input, ELU, alpha=alpha == 1.0)
 
 
@@ -130,11 +125,11 @@ def elu(input: Affine, alpha: float = 1.0, inplace: bool = False) -> Affine:  # 
 _SOFTPLUS = Activation("softplus(threshold=20)", F.softplus, torch.sigmoid, (0.0, 1.0))
 
 
-def softplus(input: Affine, beta: float = 1, threshold: float = 20) -> Affine:  # noqa: A002
+def softplus(input: Affine, beta: float = 1, threshold: float = 20) -> Affine:
     return _default(input, _SOFTPLUS, beta=beta == 1, threshold=threshold == 20)
 
 
-def gelu(input: Affine, approximate: str = "none") -> Affine:  # noqa: A002
+def gelu(input: Affine, approximate: str = "none") -> Affine:
     return _default(input, GELU, approximate=approximate == "none")
 
 
@@ -154,10 +149,10 @@ def _leaky(slope: float) -> Activation:
     return Activation(f"leaky_relu({slope:g})", phi, LeakySlope(slope), ends, homogeneous=True)
 
 
-def add(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+def add(input: Value, other: Value, alpha: float = 1) -> Affine:
     if not isinstance(input, Affine):
         assert isinstance(other, Affine)
-        input, other, alpha = mul(other, alpha), input, 1  # noqa: A001
+        input, other, alpha = mul(other, alpha), input, 1
     if isinstance(other, Affine):
         shape = torch.broadcast_shapes(input.shape, other.shape)
         return _expanded(input, shape).plus(_expanded(other, shape), alpha)
@@ -165,15 +160,15 @@ def add(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
     return value.shifted(alpha * constant)
 
 
-def sub(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+def sub(input: Value, other: Value, alpha: float = 1) -> Affine:
     return add(input, other, -alpha)
 
 
-def rsub(input: Value, other: Value, alpha: float = 1) -> Affine:  # noqa: A002
+def rsub(input: Value, other: Value, alpha: float = 1) -> Affine:
     return sub(other, input, alpha)
 
 
-def mul(input: Value, other: Value) -> Affine:  # noqa: A002
+def mul(input: Value, other: Value) -> Affine:
     if isinstance(input, Affine) and isinstance(other, Affine):
         raise NoFormError("a product of two values that depend on the input is not affine. Leave it out")
     if not isinstance(input, Affine):
@@ -183,19 +178,19 @@ def mul(input: Value, other: Value) -> Affine:  # noqa: A002
     return value.scaled(factors)
 
 
-def div(input: Value, other: Value) -> Affine:  # noqa: A002
+def div(input: Value, other: Value) -> Affine:
     if isinstance(other, Affine):
         raise NoFormError("a quotient by a value that depends on the input is not affine. Leave it out")
     assert isinstance(input, Affine)
     return mul(input, 1 / _constant(input, other))
 
 
-def neg(input: Affine) -> Affine:  # noqa: A002
+def neg(input: Affine) -> Affine:
     return mul(input, -1.0)
 
 
 def batch_norm(
-    input: Affine,  # noqa: A002
+    input: Affine,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -218,7 +213,7 @@ def batch_norm(
 
 
 def instance_norm(
-    input: Affine,  # noqa: A002
+    input: Affine,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,

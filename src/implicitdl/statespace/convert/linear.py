@@ -1,4 +1,4 @@
-"""The rules of linear layers: each one is a sparse matrix."""
+"""The rules of linear layers, each one a sparse matrix, and the entries of an image that each window sees."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..matrices import coo
 from .affine import Affine, NoFormError
-from .windows import axis, per_axis, windows
 
 Rule = Callable[..., Any]
 
 
-def linear(input: Affine, weight: Tensor, bias: Tensor | None = None) -> Affine:  # noqa: A002 (torch's name)
+def linear(input: Affine, weight: Tensor, bias: Tensor | None = None) -> Affine:
     """Wv + b along the last dimension."""
     _same_everywhere(weight, bias)
     *outer, width = input.features
@@ -33,7 +32,7 @@ def conv(dims: int) -> Rule:
     """Of images with so many dimensions."""
 
     def rule(
-        input: Affine,  # noqa: A002
+        input: Affine,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -61,7 +60,7 @@ def conv_transpose(dims: int) -> Rule:
     """The transpose of the convolution with the same options, from images of the size of its own results."""
 
     def rule(
-        input: Affine,  # noqa: A002
+        input: Affine,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -119,7 +118,7 @@ def pooling(counts: Sequence[int], kernel_size: Any, stride: Any, padding: Any, 
     return [axis(*each) for each in zip(counts, kernel, step, pad, dilations, strict=True)]
 
 
-def image(input: Affine, dims: int) -> tuple[int, tuple[int, ...]]:  # noqa: A002
+def image(input: Affine, dims: int) -> tuple[int, tuple[int, ...]]:
     """Channels and sizes of a batch of images with so many dimensions."""
     if len(input.features) != dims + 1:
         raise NoFormError(
@@ -138,3 +137,40 @@ def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
 def _same_everywhere(*weights: Any) -> None:
     if any(isinstance(weight, Affine) for weight in weights):
         raise NoFormError("its weights depend on the input, and a product of two values is not affine. Leave it out")
+
+
+def per_axis(value: Any, dims: int) -> tuple[int, ...]:
+    """An option of torch that is one integer for all axes, or one for each."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
+def axis(count: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Tensor:
+    """Positions along one dimension of windows at equal distances, (windows, places); those outside are padding."""
+    first = torch.arange(count, device="cpu") * stride - padding
+    return first.unsqueeze(1) + torch.arange(kernel, device="cpu") * dilation
+
+
+def adaptive_axis(size: int, count: int) -> Tensor:
+    """Windows from ⌊i·size/count⌋ to ⌈(i + 1)·size/count⌉, of nearly equal lengths; the rest of a row is outside."""
+    number = torch.arange(count, device="cpu")
+    first, last = number * size // count, -(-(number + 1) * size // count)
+    places = first.unsqueeze(1) + torch.arange(int((last - first).max()), device="cpu")
+    return places.masked_fill(places >= last.unsqueeze(1), -1)
+
+
+def windows(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """(windows, places): the places in the flattened image of these sizes; −1 outside of it."""
+    flat = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    for positions, size in zip(axes, sizes, strict=True):
+        inside = (positions >= 0) & (positions < size)
+        both = (flat >= 0)[:, None, :, None] & inside[None, :, None, :]
+        place = flat[:, None, :, None] * size + positions[None, :, None, :]
+        flat = place.where(both, -1).reshape(both.shape[0] * both.shape[1], -1)
+    return flat
+
+
+def in_channels(image: Tensor, channels: int, size: int) -> Tensor:
+    """The windows of one channel, repeated in every channel of an image with so many places."""
+    offsets = size * torch.arange(channels, device=image.device).reshape(-1, 1, 1)
+    return torch.where(image >= 0, image + offsets, -1).reshape(-1, image.shape[1])

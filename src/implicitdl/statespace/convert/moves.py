@@ -18,14 +18,14 @@ from .elementwise import mul
 def move(name: str) -> Callable[..., Any]:
     """A method of tensors, done to the numbers of the entries: torch itself says where each one goes."""
 
-    def rule(input: Affine, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 (torch's name)
+    def rule(input: Affine, *args: Any, **kwargs: Any) -> Any:
         moved = getattr(input.numbers(), name)(*args, **kwargs)
         return input.moved(moved) if isinstance(moved, Tensor) else tuple(input.moved(part) for part in moved)
 
     return rule
 
 
-def dropout(input: Affine, p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:  # noqa: A002
+def dropout(input: Affine, p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:
     if training and p > 0:
         raise NoFormError("dropout in training mode is random. Give it training=self.training, and call eval() first")
     return input
@@ -49,7 +49,7 @@ def stack(tensors: Sequence[Affine], dim: int = 0) -> Affine:
     return cat([v.unsqueeze(dim) if isinstance(v, Tensor) else move("unsqueeze")(v, dim) for v in tensors], dim)
 
 
-def pad(input: Affine, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:  # noqa: A002
+def pad(input: Affine, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Affine:
     """By zeros, by another constant, or by entries of its own."""
     places = torch.arange(len(input.c), dtype=torch.float64, device="cpu").reshape(1, *input.features)
     places = F.pad(places, list(pad), mode=mode, value=-1.0 if mode == "constant" else None)
@@ -59,7 +59,7 @@ def pad(input: Affine, pad: Sequence[int], mode: str = "constant", value: float 
     return input.gathered(index).shifted((value or 0.0) * (index < 0).reshape(-1).to(input.net.like))
 
 
-def sum(input: Affine, dim: Any = None, keepdim: bool = False) -> Affine:  # noqa: A001, A002
+def sum(input: Affine, dim: Any = None, keepdim: bool = False) -> Affine:
     """Along dimensions of the features."""
     dims = sorted({d % input.ndim for d in ((dim,) if isinstance(dim, int) else dim or range(input.ndim))})
     if 0 in dims:
@@ -72,6 +72,6 @@ def sum(input: Affine, dim: Any = None, keepdim: bool = False) -> Affine:  # noq
     return input.applied(coo(rows, columns, ones, (math.prod(kept), len(columns))), features=tuple(features))
 
 
-def mean(input: Affine, dim: Any = None, keepdim: bool = False) -> Affine:  # noqa: A002
+def mean(input: Affine, dim: Any = None, keepdim: bool = False) -> Affine:
     total = sum(input, dim, keepdim)
     return mul(total, len(total.c) / len(input.c))

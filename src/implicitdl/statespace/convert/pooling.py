@@ -11,13 +11,12 @@ import torch.nn.functional as F
 
 from ...activations import RELU
 from .affine import Affine, NoFormError, stacked
-from .linear import image, pooling
-from .windows import adaptive_axis, in_channels, per_axis, windows
+from .linear import adaptive_axis, image, in_channels, per_axis, pooling, windows
 
 
 def max_pool(dims: int) -> Callable[..., Affine]:
     def rule(
-        input: Affine,  # noqa: A002 (torch's name)
+        input: Affine,
         kernel_size: Any,
         stride: Any = None,
         padding: Any = 0,
@@ -39,7 +38,7 @@ def max_pool(dims: int) -> Callable[..., Affine]:
 
 
 def adaptive_max_pool(dims: int) -> Callable[..., Affine]:
-    def rule(input: Affine, output_size: Any, return_indices: bool = False) -> Affine:  # noqa: A002
+    def rule(input: Affine, output_size: Any, return_indices: bool = False) -> Affine:
         if return_indices:
             raise NoFormError("places of maxima jump with the input. Ask for the maxima alone")
         channels, sizes = image(input, dims)

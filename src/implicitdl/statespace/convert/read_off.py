@@ -49,7 +49,7 @@ def affine(function: Function, *args: Any, **kwargs: Any) -> Affine:
     return _read_off(whole, run)
 
 
-def plane_by_plane(function: Function, input: Affine, *args: Any, **kwargs: Any) -> Affine:  # noqa: A002
+def plane_by_plane(function: Function, input: Affine, *args: Any, **kwargs: Any) -> Affine:
     """An operation on images that is affine and does the same to every channel: the matrix of one is that of all."""
     channels, *sizes = input.features
 

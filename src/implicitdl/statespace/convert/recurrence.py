@@ -18,7 +18,7 @@ def cell(activation: Activation) -> Callable[..., Affine]:
     """h' = φ(W_x u + b_x + W_h h + b_h)."""
 
     def rule(
-        input: Affine,  # noqa: A002 (torch's name)
+        input: Affine,
         hx: Affine | Tensor,
         w_ih: Tensor,
         w_hh: Tensor,
@@ -36,7 +36,7 @@ def rnn(activation: Activation) -> Callable[..., Any]:
     step = cell(activation)
 
     def rule(
-        input: Affine,  # noqa: A002
+        input: Affine,
         hx: Tensor,
         params: Sequence[Tensor],
         has_biases: bool,

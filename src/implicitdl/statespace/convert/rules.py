@@ -42,56 +42,30 @@ SHAPES = {
 }  # fmt: skip
 VIEW_ATTRIBUTES = {"T", "mT", "H", "mH"}
 
+# Rules that have the name of the operation.
+_NAMED = (
+    elementwise.relu6, elementwise.leaky_relu, elementwise.prelu, elementwise.rrelu, elementwise.maximum,
+    elementwise.minimum, elementwise.hardsigmoid, elementwise.softshrink, elementwise.tanhshrink,
+    elementwise.hardtanh, elementwise.clamp, elementwise.clamp_min, elementwise.clamp_max, elementwise.elu,
+    elementwise.softplus, elementwise.gelu, elementwise.add, elementwise.sub, elementwise.rsub, elementwise.mul,
+    elementwise.div, elementwise.neg, elementwise.copy, elementwise.zero, elementwise.batch_norm,
+    elementwise.instance_norm, linear.linear, moves.cat, moves.hstack, moves.stack, moves.pad, moves.sum,
+    moves.mean, moves.dropout,
+)  # fmt: skip
+
 RULES: dict[str, Callable[..., Any]] = {
+    **{rule.__name__: rule for rule in _NAMED},
     "relu": elementwise.activation(RELU),
     "tanh": elementwise.activation(TANH),
     "sigmoid": elementwise.activation(SIGMOID),
     "silu": elementwise.activation(SILU),
-    "relu6": elementwise.relu6,
-    "leaky_relu": elementwise.leaky_relu,
-    "prelu": elementwise.prelu,
-    "rrelu": elementwise.rrelu,
     "abs": elementwise.absolute,
-    "maximum": elementwise.maximum,
-    "minimum": elementwise.minimum,
-    "hardsigmoid": elementwise.hardsigmoid,
-    "softshrink": elementwise.softshrink,
-    "tanhshrink": elementwise.tanhshrink,
     "celu": elementwise.elu,
-    "hardtanh": elementwise.hardtanh,
-    "clamp": elementwise.clamp,
-    "clamp_min": elementwise.clamp_min,
-    "clamp_max": elementwise.clamp_max,
-    "elu": elementwise.elu,
-    "softplus": elementwise.softplus,
-    "gelu": elementwise.gelu,
-    "add": elementwise.add,
-    "sub": elementwise.sub,
-    "rsub": elementwise.rsub,
-    "mul": elementwise.mul,
-    "div": elementwise.div,
-    "neg": elementwise.neg,
-    "copy": elementwise.copy,
-    "zero": elementwise.zero,
-    "batch_norm": elementwise.batch_norm,
-    "instance_norm": elementwise.instance_norm,
-    "linear": linear.linear,
+    **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"), moves.dropout),
     **{f"conv{d}d": linear.conv(d) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": linear.conv_transpose(d) for d in (1, 2, 3)},
     **{f"max_pool{d}d": pooling.max_pool(d) for d in (1, 2, 3)},
     **{f"adaptive_max_pool{d}d": pooling.adaptive_max_pool(d) for d in (1, 2, 3)},
-    "cat": moves.cat,
-    "hstack": moves.hstack,
-    "stack": moves.stack,
-    "pad": moves.pad,
-    "sum": moves.sum,
-    "mean": moves.mean,
-    "dropout": moves.dropout,
-    "dropout1d": moves.dropout,
-    "dropout2d": moves.dropout,
-    "dropout3d": moves.dropout,
-    "alpha_dropout": moves.dropout,
-    "feature_alpha_dropout": moves.dropout,
     "rnn_tanh": recurrence.rnn(TANH),
     "rnn_relu": recurrence.rnn(RELU),
     "rnn_tanh_cell": recurrence.cell(TANH),
@@ -110,18 +84,10 @@ _PRODUCT = "it multiplies values that depend on the input, which is neither affi
 _STATISTICS = "it divides by a statistic of its own input, which is neither affine nor elementwise"
 _EXPONENTIALS = "each of its outputs depends on all inputs of a sum of exponentials, which is not elementwise"
 REASONS = {
-    "softmax": _EXPONENTIALS,
-    "log_softmax": _EXPONENTIALS,
-    "logsumexp": _EXPONENTIALS,
-    "layer_norm": _STATISTICS,
-    "rms_norm": _STATISTICS,
-    "group_norm": _STATISTICS,
-    "normalize": _STATISTICS,
-    "scaled_dot_product_attention": _PRODUCT,
-    "multi_head_attention_forward": _PRODUCT,
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _EXPONENTIALS),
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "normalize"), _STATISTICS),
+    **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru"), _PRODUCT),
     "detach": "it keeps gradients from the weights before it, which the matrices would not",
-    "lstm": _PRODUCT,
-    "gru": _PRODUCT,
 }
 
 
@@ -159,7 +125,7 @@ def _worded(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _planes(dims: int | None) -> Callable[..., Any]:
-    def rule(function: Function, input: Affine, *args: Any, **kwargs: Any) -> Affine:  # noqa: A002 (torch's name)
+    def rule(function: Function, input: Affine, *args: Any, **kwargs: Any) -> Affine:
         linear.image(input, len(input.features) - 1 if dims is None else dims)
         return plane_by_plane(function, input, *args, **kwargs)
 
