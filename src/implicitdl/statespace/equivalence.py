@@ -134,7 +134,7 @@ def eliminate_diagonal(space: StateSpace) -> StateSpace:
 def eliminate_linear(space: StateSpace) -> StateSpace:
     """The same model without the states whose φ is the identity.
 
-    They are x_l = G(A_ln x_n + B_l u + b_l) with G = (I − A_ll)⁻¹, which goes into what needs them.
+    With G = (I − A_ll)⁻¹ they are x_l = G(A_ln x_n + B_l u + b_l), which is substituted wherever x_l is read.
 
     Raises:
         ArgumentError: I − A_ll is singular, with its singular values.
@@ -195,7 +195,7 @@ def inverse_of_gap(who: str, what: str, M: Tensor) -> Tensor:
 def rewritten(
     space: StateSpace, kept: Tensor, P: Tensor, Q: Tensor | None = None, c: Tensor | None = None
 ) -> StateSpace:
-    """The model whose states x' are those kept, given that x = Px' + Qu + c on all that counts for the output.
+    """The model of the kept states x', given that x = Px' + Qu + c for all states that the output needs.
 
     A' = A_k P, B' = B_k + A_k Q, b_x' = b_k + A_k c, C' = CP, D' = D + CQ, b_y' = b_y + Cc, where A_k are the rows
     that are kept.
@@ -203,7 +203,7 @@ def rewritten(
     Arguments:
         space: the model.
         kept: (m,) distinct numbers of the states to keep, in their new order.
-        P: (n, m); rows of states that do not count for what is kept are zero.
+        P: (n, m); zero rows for states that the kept states and the output do not need.
         Q: (n, p); None for zeros.
         c: (n,); None for zeros.
     """
@@ -219,19 +219,19 @@ def rewritten(
 
 
 def selection(space: StateSpace, kept: Tensor) -> Tensor:
-    """The P, (n, m), that puts the j-th kept state in its old place, in the layout of the model."""
+    """P, (n, m), which puts the j-th kept state in its old place; in the layout of the model."""
     ones = torch.ones(len(kept), dtype=space.dtype, device=space.device)
     P = coo(kept, torch.arange(len(kept), device=kept.device), ones, (space.n, len(kept)))
     return P if space.is_sparse else P.to_dense()
 
 
 def blocks_of(space: StateSpace, kept: Tensor) -> tuple[Block, ...]:
-    """The blocks of the states that are kept: runs of states that come from the same one."""
+    """Blocks of the kept states: each run of states from the same old block is one."""
     numbers = block_numbers(space)[kept].tolist()
     return tuple(Block(space.blocks[k].activation, len(list(run))) for k, run in groupby(numbers))
 
 
 def block_numbers(space: StateSpace) -> Tensor:
-    """(n,) the block that each state belongs to."""
+    """Number of the block that each state belongs to, (n,)."""
     numbers = [k for k, size in enumerate(space.sizes) for _ in range(size)]
     return torch.tensor(numbers, dtype=torch.int64, device=space.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Torch says once a process that CSR is in beta, also where a COO product uses it inside; said here, it is not heard.
+# Torch warns once per process that CSR is in beta, also inside a COO product; trigger that warning here, unseen.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False, device="cpu")
@@ -25,8 +25,8 @@ def is_sparse(M: Tensor) -> bool:
 
 
 def coo(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix with these entries, those of equal place added up."""
-    # Said explicitly, else torch warns that it does not check; the indices are the library's own.
+    """The coalesced matrix with these entries; entries at the same place are added."""
+    # check_invariants is explicit, else torch warns that it does not check; the indices are the library's own.
     places = torch.stack((rows, columns))
     return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, device=values.device).coalesce()
 
@@ -40,7 +40,7 @@ def with_values(M: Tensor, values: Tensor, width: int | None = None) -> Tensor:
 
 
 def normalized(M: Tensor) -> Tensor:
-    """Strided as it is, every other layout as coalesced COO."""
+    """M as it is if strided, in every other layout as coalesced COO."""
     if not is_sparse(M):
         return M
     return (M if M.layout == torch.sparse_coo else M.to_sparse_coo()).coalesce()
@@ -68,7 +68,7 @@ def count_nonzero(M: Tensor) -> int:
 
 
 def abs_row_sums(M: Tensor) -> Tensor:
-    """(rows,) the ℓ1 norm of every row."""
+    """ℓ1 norm of every row, (rows,)."""
     if not is_sparse(M):
         return M.abs().sum(1)
     rows, _, values = entries(M)
@@ -204,7 +204,7 @@ def partition(M: Tensor, heights: Sequence[int], widths: Sequence[int]) -> dict[
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
-    """Where each of some consecutive pieces begins."""
+    """Where each of consecutive pieces of these sizes begins."""
     return list(accumulate(sizes, initial=0))[:-1]
 
 

@@ -1,4 +1,4 @@
-"""StateSpace: x = φ(Ax + Bu + b_x), y = Cx + Du + b_y, with its matrices in the open."""
+"""StateSpace: the model x = φ(Ax + Bu + b_x), y = Cx + Du + b_y as its matrices."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class StateSpace:
     """The model x = φ(Ax + Bu + b_x), y = Cx + Du + b_y, as its matrices and the φ of every block of states.
 
     Any network is one (its layers are blocks, A is block triangular), and models compose into models: ``m2 @ m1``,
-    ``m1 + m2``, ``a * m`` and the functions of `implicitdl.statespace`.  Calling it solves for x in the order of the
-    blocks: what does not loop costs one pass, what does is an equilibrium.
+    ``m1 + m2``, ``a * m`` and the functions of `implicitdl.statespace`.  A call solves for x in the order of the
+    blocks: blocks without a loop cost one pass, blocks that loop are solved as an equilibrium.
 
-    It is one moment of a model: it copies what it is given, so that what is done to that later does not reach it, while
-    gradients reach what was given.  Nothing of it can be set, and where a matrix of its was written to in place every
-    use is an error: `replace` makes another model.
+    It is immutable.  Its arguments are copied, so later changes of them do not reach it, while gradients do reach them.
+    Attributes cannot be set, and after an in-place write to one of its matrices every use raises an error; `replace`
+    makes a changed model.
 
     Arguments:
         A: (n, n).  All four matrices are dense, or all are sparse (COO or CSR; kept as coalesced COO).
@@ -122,7 +122,7 @@ class StateSpace:
         _check_fit(self)
 
     def _unchanged(self) -> dict[str, Tensor]:
-        """The tensors, which are what they were when the model was made."""
+        """The tensors, after a check that none was written to in place."""
         tensors = self._tensors
         for (name, tensor), before in zip(tensors.items(), self._versions, strict=True):
             if version(tensor) != before:
@@ -219,7 +219,7 @@ class StateSpace:
         return self.holding(**{name: _copied(given) for name, given in changes.items()})
 
     def holding(self, **changes: Any) -> StateSpace:
-        """As `replace`, for tensors that were made for it, which it need not copy."""
+        """`replace` without a copy, for tensors that nobody else holds."""
         if unknown := changes.keys() - {*_TENSORS, "blocks"}:
             raise wrong(WHO, f"changes of {', '.join(_TENSORS)} and blocks", ", ".join(sorted(unknown)))
         blocks = changes.pop("blocks", self.blocks)
@@ -246,7 +246,7 @@ class StateSpace:
     def __call__(self, u: Tensor) -> Tensor:
         """The prediction y, (batch, q), for an input (batch, \\*any) that flattens to (batch, p)."""
         u = self.flat(u)
-        return self.read_out(self._solved(u).value, u)  # type: ignore[arg-type]
+        return self.read_out(self.state(u), u)
 
     def solve(
         self,
@@ -272,19 +272,14 @@ class StateSpace:
         u = self.flat(u)
         if x0 is not None and x0.shape != (len(u), self.n):
             raise wrong(WHO, f"x0 of shape (batch={len(u)}, n={self.n})", tuple(x0.shape))
-        return self._solved(u, x0, solver, adjoint, on_failure)
+        b = linear(u, self.B, self.b_x)
+        # A plan that is kept must not hold a graph, which the first backward would free.
+        order = self._plan() if self.A.requires_grad else self._frozen_plan
+        return solve_in_order(order, b, self.sizes, x0, solver, adjoint, on_failure)
 
-    def state(
-        self,
-        u: Tensor,
-        x0: Tensor | None = None,
-        *,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
-        on_failure: OnFailure = "warn",
-    ) -> Tensor:
-        """The state x alone, (batch, n); the arguments are those of `solve`."""
-        return self.solve(u, x0, solver=solver, adjoint=adjoint, on_failure=on_failure).value  # type: ignore[return-value]
+    def state(self, u: Tensor, x0: Tensor | None = None, **how: Any) -> Tensor:
+        """The state x alone, (batch, n), with the arguments of `solve`."""
+        return self.solve(u, x0, **how).value  # type: ignore[return-value]
 
     def pre_activation(self, x: Tensor, u: Tensor) -> Tensor:
         """z = Ax + Bu + b_x."""
@@ -353,7 +348,7 @@ class StateSpace:
 
     @cached_property
     def _frozen_plan(self) -> list[Component]:
-        # Made in inference mode, it could not be used outside of it.
+        # A plan made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             return self._plan()
 
@@ -361,19 +356,6 @@ class StateSpace:
         # The plan reads all of A in any case.
         check_finite(WHO, self)
         return plan(self.A, self.blocks)
-
-    def _solved(
-        self,
-        u: Tensor,
-        x0: Tensor | None = None,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
-        on_failure: OnFailure = "warn",
-    ) -> Solution:
-        b = linear(u, self.B, self.b_x)
-        # A plan that is kept must not hold a graph, which the first backward would free.
-        order = self._plan() if self.A.requires_grad else self._frozen_plan
-        return solve_in_order(order, b, self.sizes, x0, solver, adjoint, on_failure)
 
     def flat(self, given: Tensor) -> Tensor:
         """An input (batch, \\*any) as rows (batch, p), checked."""
