@@ -73,7 +73,7 @@ def attacked_accuracy(
     restarts: int = 1,
     domain: tuple[float, float] | None = (0.0, 1.0),
 ) -> AttackedAccuracy:
-    """Clean and attacked accuracy of any classifier at radius ε: what is left to say where no bound applies.
+    """Clean and attacked accuracy of any classifier at radius ε, also where no bound applies.
 
     With one output y, the logit of class 1, the model says label 1 where y > 0, else 0.
 
@@ -175,7 +175,7 @@ def _attacked(
     restarts: int,
     domain: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Which samples are right, and which still are under attack, (batch,) each."""
+    """Samples that are right without an attack, and those still right under it, (batch,) bool each."""
     worst = pgd(model, u, labels, eps, steps=steps, restarts=restarts, domain=domain)
     with torch.no_grad():
         clean = right(model(u), labels)

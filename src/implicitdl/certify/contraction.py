@@ -1,4 +1,4 @@
-"""The form of a model that bounds are computed from, with the proof that it contracts, and what that alone proves."""
+"""The dense float64 form of a model that bounds are computed from, its proof of contraction, and sensitivity bounds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..statespace.perron import gains, least_weights
 from ..statespace.space import Model, check_finite, space_of
 from .functionals import Box, Functionals
 
-# Attempts at a box that maps into itself.  The first widening is enough but for rounding, which takes one or two more.
+# Attempts at a box that maps into itself: one widening in exact arithmetic, one or two more for rounding.
 _ATTEMPTS = 50
 
 
-def rounding(terms: int, dtype: torch.dtype) -> float:
+def relative_rounding(terms: int, dtype: torch.dtype) -> float:
     """Relative to the sum of absolute values, how far a computed sum of products of so many terms may be off.
 
     A dot product of m terms, added in any order, is off by at most m·u/(1 − m·u) of Σ|a_k b_k|, with u = eps/2
@@ -75,7 +75,7 @@ class Contractive:
     @property
     def rounding(self) -> float:
         """How far a product with the rows of this model may be off, relative to the sum of absolute values."""
-        return rounding(self.space.n + self.space.p, self.space.dtype)
+        return relative_rounding(self.space.n + self.space.p, self.space.dtype)
 
     def slack(self, terms: Tensor) -> Tensor:
         """How far sums of products whose absolute values add up to ``terms`` may be off, underflow included.
@@ -108,7 +108,11 @@ class Contractive:
 
 
 def contractive(who: str, model: Model | Contractive) -> Contractive:
-    """The model in the form that the bounds need, or an error that names what is missing."""
+    """The model with its proof of contraction.
+
+    Raises:
+        ArgumentError: λ_pf(diag(max|φ'|)|A|) ≥ 1 after elimination of self-loops, with the number.
+    """
     return model if isinstance(model, Contractive) else contraction(who, exact_space(who, model))
 
 
@@ -132,14 +136,14 @@ def perron_certificate(M: Tensor) -> tuple[Tensor, float] | None:
     own computation: a sum of nonnegative terms is accurate relative to itself.
     """
     root = perron_root(M)
-    # What is nearer to 1 than its own rounding may leave it is not proved.
+    # A root nearer to 1 than its own rounding is no proof.
     if not root < 1 - 1e-8:
         return None
-    # Halfway to 1: v stays well scaled where it may, and γ away from 1.
+    # κ halfway between root and 1 keeps v well scaled and γ away from 1.
     v = least_weights(M, (1 + root) / 2)
     if v is None:
         return None
-    gamma = float(((M @ v) / v).max()) * (1 + rounding(len(M), M.dtype)) if len(M) else 0.0
+    gamma = float(((M @ v) / v).max()) * (1 + relative_rounding(len(M), M.dtype)) if len(M) else 0.0
     return (v, gamma) if gamma < 1 else None
 
 

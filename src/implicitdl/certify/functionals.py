@@ -1,4 +1,4 @@
-"""What is bounded: affine functions of state and input on boxes, and the margins of classes.
+"""Boxes of inputs, affine functions of state and input bounded on them, and the scores of classes.
 
 A model with one output tells two classes apart by its sign: label 1 where y > 0, else label 0.  Its scores are (0, y).
 """
@@ -87,7 +87,7 @@ class Box:
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
     def widened(self, by: Tensor) -> Box:
-        """The box with every face moved outwards, by ≥ 0."""
+        """The box with every face moved outwards by a distance ≥ 0."""
         return Box(self.lower - by, self.upper + by)
 
     def to(self, like: Tensor) -> Box:
@@ -130,7 +130,7 @@ class Functionals:
 
 
 def outputs(space: StateSpace, batch: int) -> Functionals:
-    """y, every component for every sample."""
+    """Every component of y, for every sample."""
     return Functionals(space.C, space.D, space.b_y, _all(space.q, batch, space.b_y))
 
 
@@ -153,33 +153,33 @@ def _all(size: int, batch: int, like: Tensor) -> Tensor:
 
 
 def classes(q: int) -> int:
-    """How many classes a model of q outputs knows."""
+    """Number of classes of a model with q outputs."""
     return max(q, 2)
 
 
 def scores(y: Tensor) -> Tensor:
-    """The scores (batch, classes) that outputs (batch, q) are."""
+    """Class scores, (batch, classes), of outputs (batch, q)."""
     return torch.cat([torch.zeros_like(y), y], 1) if y.shape[1] == 1 else y
 
 
 def score_rows(M: Tensor) -> Tensor:
-    """The rows of C, D or b_y, of which every output has one, for the scores."""
+    """Rows of C, D or b_y for the scores, (classes, ·); of one output, a row of zeros comes first."""
     return torch.cat([torch.zeros_like(M), M]) if len(M) == 1 else M
 
 
 def right(y: Tensor, labels: Tensor) -> Tensor:
-    """(batch,) whether the label is what the outputs say; with several, a tie counts as wrong."""
+    """Whether the outputs give the label, (batch,) bool; with several outputs a tie counts as wrong."""
     return (y[:, 0] > 0) == (labels > 0) if y.shape[1] == 1 else losing_by(y, labels) < 0
 
 
 def losing_by(y: Tensor, labels: Tensor) -> Tensor:
-    """max_j≠label s_j − s_label of the scores, (batch,)."""
+    """Lead of the best other class, max_j≠label s_j − s_label, (batch,)."""
     s, own = scores(y), labels.unsqueeze(1)
     return s.scatter(1, own, -torch.inf).amax(1) - s.gather(1, own).squeeze(1)
 
 
 def check_labels(who: str, labels: Tensor, batch: int, q: int | None = None) -> None:
-    """Refuse what is no vector of class numbers; q is the number of outputs, where it is known yet."""
+    """Refuse labels that are not (batch,) class numbers; q is the number of outputs, if it is known already."""
     if not isinstance(labels, Tensor):
         raise wrong(who, f"labels of shape (batch={batch},) int64", type(labels).__name__, "Make a tensor of them.")
     if labels.shape != (batch,) or labels.dtype != torch.int64:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._internal.errors import ArgumentError, extra, wrong
 from ..statespace import StateSpace
 from ..statespace.space import Model
-from .contraction import contractive, exact_space, rounding, sensitivity
+from .contraction import contractive, exact_space, relative_rounding, sensitivity
 
 # The order of the program's matrix, n + min(p, n + q): its cost grows with about the sixth power, here to minutes.
 LARGEST = 120
@@ -69,7 +69,7 @@ def lipschitz_two(model: Model) -> float:
             who, "a model with λ_pf < 1, ‖A‖₂ < 1 or I − sym(A) ≻ 0", "one with none of them",
             "See certify.well_posed(model).",
         )  # fmt: skip
-    return min(found) * (1 + rounding(0, space.dtype))
+    return min(found) * (1 + relative_rounding(0, space.dtype))
 
 
 def _by_sensitivity(space: StateSpace) -> float | None:
@@ -90,7 +90,7 @@ def _by_monotonicity(space: StateSpace) -> float | None:
         return None
     A, C = _unit_slopes(space)
     gap = torch.eye(space.n, dtype=A.dtype, device=A.device) - (A + A.t()) / 2
-    m = float(torch.linalg.eigvalsh(gap)[0]) - rounding(8 * space.n, A.dtype) * _norm(gap)
+    m = float(torch.linalg.eigvalsh(gap)[0]) - relative_rounding(8 * space.n, A.dtype) * _norm(gap)
     return _norm(C) * _norm(space.B) / m + _norm(space.D) if m > 0 else None
 
 
@@ -145,7 +145,7 @@ def lipschitz_sdp(model: Model) -> float:
         raise wrong(who, "a Λ with positive entries", f"{float(weights.min()):.3g}", "See certify.well_posed(model).")
     P, K = _blocks(weights, A, B, C, D, -1.0)
     # What they may be off by in norm: P is a difference of larger terms, and B and D have the rounding of their QR.
-    relative, both = rounding(8 * (space.n + space.q), P.dtype), _norm(torch.cat([space.B, space.D]))
+    relative, both = relative_rounding(8 * (space.n + space.q), P.dtype), _norm(torch.cat([space.B, space.D]))
     P_terms, K_terms = _blocks(weights, A.abs(), B.abs(), C.abs(), D.abs(), 1.0)
     P_off, K_off = (
         relative * _norm(P_terms),
@@ -159,7 +159,7 @@ def lipschitz_sdp(model: Model) -> float:
         raise wrong(who, "a Λ with a positive definite matrix", f"least eigenvalue {least:.3g}", "Use lipschitz_two.")
     # √ρ is the norm of [D; P^-½K].
     root = _norm(torch.cat([D, vectors.t() @ K / values.sqrt().unsqueeze(1)]))
-    return (root + relative * both + (K_off + relative * _norm(K)) / least**0.5) * (1 + rounding(0, P.dtype))
+    return (root + relative * both + (K_off + relative * _norm(K)) / least**0.5) * (1 + relative_rounding(0, P.dtype))
 
 
 def _blocks(weights: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, sign: float) -> tuple[Tensor, Tensor]:
@@ -194,4 +194,4 @@ def _unit_slopes(space: StateSpace) -> tuple[Tensor, Tensor]:
 def _norm(M: Tensor) -> float:
     """‖M‖₂, rounded upwards: a singular value is off by a modest multiple of the rounding of a product."""
     largest = float(torch.linalg.matrix_norm(M, 2)) if M.numel() else 0.0
-    return largest * (1 + 8 * rounding(sum(M.shape), M.dtype))
+    return largest * (1 + 8 * relative_rounding(sum(M.shape), M.dtype))

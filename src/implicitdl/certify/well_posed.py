@@ -13,7 +13,7 @@ from ..statespace import StateSpace, perron_root
 from ..statespace.matrices import loops
 from ..statespace.perron import gains
 from ..statespace.space import Model
-from .contraction import exact_space, perron_certificate, rounding
+from .contraction import exact_space, perron_certificate, relative_rounding
 
 # 2²⁰ principal minors take about a second; every further state doubles that.
 LARGEST = 20
@@ -141,7 +141,7 @@ def _no_loops(A: Tensor) -> Condition:
 
 def _norm(M: Tensor) -> Condition:
     norm = float(M.sum(1).max())
-    holds = norm * (1 + rounding(len(M), M.dtype)) < 1
+    holds = norm * (1 + relative_rounding(len(M), M.dtype)) < 1
     return Condition("∞-norm", holds, f"max_i L_i Σ_j |a_ij| = {norm:.6g} {'<' if holds else '≥'} 1")
 
 
