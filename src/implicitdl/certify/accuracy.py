@@ -11,7 +11,7 @@ from torch import Tensor
 from .._internal.errors import non_negative, positive_int, wrong
 from ..statespace.space import Model
 from .bounds import margins
-from .contraction import Method, contraction, exact_space
+from .contraction import Method, contractive, exact_space
 from .crown import Crown
 from .functionals import Box, check_labels, losing_by, right
 
@@ -148,7 +148,7 @@ def certified_accuracy(
     positive_int(who, "restarts", restarts)
     method = Crown() if method is None else method
     space = exact_space(who, model)
-    proved = contraction(who, space)
+    proved = contractive(who, space)
     samples = clean = attacked = certified = 0
     lost: list[float] = []
     for inputs, targets in loader:

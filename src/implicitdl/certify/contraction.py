@@ -113,12 +113,9 @@ def contractive(who: str, model: Model | Contractive) -> Contractive:
     Raises:
         ArgumentError: λ_pf(diag(max|φ'|)|A|) ≥ 1 after elimination of self-loops, with the number.
     """
-    return model if isinstance(model, Contractive) else contraction(who, exact_space(who, model))
-
-
-def contraction(who: str, exact: StateSpace) -> Contractive:
-    """`contractive` of a model that `exact_space` has made."""
-    space = without_self_loops(exact)
+    if isinstance(model, Contractive):
+        return model
+    space = without_self_loops(exact_space(who, model))
     M = gains(space)
     found = perron_certificate(M)
     if found is None:

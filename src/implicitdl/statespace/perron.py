@@ -37,8 +37,10 @@ def perron_root(A: Tensor) -> float:
         >>> perron_root(torch.tensor([[0.0, 7.0], [0.0, 0.0]]))
         0.0
     """
-    A = A.detach()
-    return max((_irreducible_root(take(A, nodes, nodes).to_dense().abs().double()) for nodes in loops(A)), default=0.0)
+    A, root = A.detach(), 0.0
+    for nodes in loops(A):
+        root = max(root, _irreducible_root(take(A, nodes, nodes).to_dense().abs().double()))
+    return root
 
 
 def gains(space: StateSpace) -> Tensor:

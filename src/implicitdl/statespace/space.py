@@ -463,15 +463,14 @@ def _blocks(given: Activation | Sequence[tuple[Activation, int]], n: int) -> tup
         if not isinstance(activation, Activation):
             raise wrong(WHO, "blocks of pairs (Activation, size)", repr(activation))
         errors.positive_int(WHO, "the size of a block", size)
-    total = sum(block.size for block in blocks)
-    if total != n:
-        raise wrong(WHO, f"blocks whose sizes add up to n={n}", f"{[block.size for block in blocks]}, {total} in all")
     return blocks
 
 
 def _check_fit(space: StateSpace) -> None:
-    """Refuse tensors whose shapes, dtypes, devices or layouts do not go together."""
+    """Refuse tensors and blocks whose sizes, dtypes, devices or layouts do not go together."""
     n, p, q = space.n, space.p, space.q
+    if sum(space.sizes) != n:
+        raise wrong(WHO, f"blocks whose sizes add up to n={n}", f"{list(space.sizes)}, {sum(space.sizes)} in all")
     shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b_x": (n,), "b_y": (q,)}
     for (name, tensor), shape in zip(space._tensors.items(), shapes.values(), strict=True):
         if not isinstance(tensor, Tensor) or tensor.shape != shape:
