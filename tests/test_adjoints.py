@@ -10,6 +10,7 @@ import torch
 
 from implicitdl import (
     Anderson,
+    ArgumentError,
     Auto,
     Equilibrium,
     ImplicitAdjoint,
@@ -21,7 +22,6 @@ from implicitdl import (
     Unrolled,
     fixed_point,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH
 from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicitdl import StateSpace
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, StateSpace
 from implicitdl.activations import RELU, TANH, Activation
 from implicitdl.statespace import (
     activate,

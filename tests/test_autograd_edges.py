@@ -14,6 +14,7 @@ from implicitdl import (
     DEQ,
     SHINE,
     Anderson,
+    ArgumentError,
     Auto,
     Broyden,
     ImplicitAdjoint,
@@ -25,7 +26,6 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.nn import WarmStart
 
 by_solver = pytest.mark.parametrize("solver", [Auto(), Picard(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)
@@ -144,10 +144,10 @@ class TestInPlaceInsideF:
         [nn.LeakyReLU(0.2, True), nn.ELU(inplace=True), nn.SiLU(True), nn.Hardswish(True), nn.ReLU(True)],
         ids=repr,
     )
-    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-    def test_on_the_data(self, layer, act, mode):
-        with mode(), pytest.raises(ArgumentError, match=r"f to leave args\[0\] as it is"):
-            fixed_point(lambda x, u: torch.tanh(0.4 * layer(x) + act(u)), torch.zeros(5, 6), torch.randn(5, 6))
+    def test_on_the_data(self, layer, act):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode(), pytest.raises(ArgumentError, match=r"f to leave args\[0\] as it is"):
+                fixed_point(lambda x, u: torch.tanh(0.4 * layer(x) + act(u)), torch.zeros(5, 6), torch.randn(5, 6))
 
     @pytest.mark.parametrize("solver", [Auto(), Newton(), Newton(dense=False), Broyden()], ids=repr)
     @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), Unrolled()], ids=repr)

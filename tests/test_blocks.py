@@ -10,8 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from implicitdl import DEQ, Anderson, ImplicitAdjoint, Monitor, PhantomGradient, Picard, Solver, Unrolled, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import (
+    DEQ,
+    Anderson,
+    ArgumentError,
+    ImplicitAdjoint,
+    Monitor,
+    PhantomGradient,
+    Picard,
+    Solver,
+    Unrolled,
+    fixed_point,
+)
 from implicitdl._internal.store import CheckpointError
 from implicitdl.nn import ConvEquilibriumClassifier, DenseEquilibriumClassifier, ResidualBlock, TanhBlock
 

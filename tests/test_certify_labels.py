@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from implicitdl import ImplicitModel, StateSpace, certify
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel, StateSpace, certify
 from implicitdl.certify import Box, CertifiedLoss
 
 U = torch.tensor([[0.2], [0.5], [0.9]], dtype=torch.float64)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from implicitdl import ImplicitFunctionTriu, ImplicitModel, StateSpace, certify
-from implicitdl._internal.errors import ArgumentError, MissingExtraError
+from implicitdl import ArgumentError, ImplicitFunctionTriu, ImplicitModel, StateSpace, certify
+from implicitdl._internal.errors import MissingExtraError
 from implicitdl.activations import RELU, SIGMOID, SILU, TANH, Activation
 from implicitdl.certify.contraction import perron_certificate
 from implicitdl.constraints import Unconstrained

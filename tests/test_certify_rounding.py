@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from exact_outputs import LONG, PHI
-from implicitdl import StateSpace, certify
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, StateSpace, certify
 from implicitdl.activations import BUILTIN, IDENTITY, SOFTPLUS
 from implicitdl.certify import Box, Crown, Interval, Sensitivity
 from implicitdl.certify.interval import outwards

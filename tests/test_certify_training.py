@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, StateSpace, certify, viz
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitAdjoint, ImplicitModel, Picard, StateSpace, certify, viz
 from implicitdl.activations import RELU, TANH
 from implicitdl.certify import Box, CertifiedAccuracy, CertifiedLoss, Crown, Interval, Sensitivity
 from implicitdl.certify.functionals import losing_by

@@ -28,8 +28,6 @@ TRAPS = {
     "x + 1/(1 + |x|)": lambda x: x + 1 / (1 + x.abs()),
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "x + exp(−x)": lambda x: x + (-x).exp(),
-    "x + exp(−x²)": lambda x: x + (-x * x).exp(),
-    "x + log(1 + |x|) + 0.1": lambda x: x + torch.log1p(x.abs()) + 0.1,
     "x + tanh(x) + 0.2": lambda x: x + torch.tanh(x) + 0.2 + x.abs(),
 }
 SOLVERS = [

@@ -12,8 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from implicitdl import ImplicitModel, compress
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel, compress
 from implicitdl.data import import_torchvision
 from implicitdl.statespace import from_module, loop_gain
 from spaces import seeds

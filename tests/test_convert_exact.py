@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from implicitdl import ImplicitModel
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel
 from implicitdl.statespace import from_module
 
 

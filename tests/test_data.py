@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from implicitdl._internal.errors import ArgumentError, MissingExtraError
+from implicitdl import ArgumentError
+from implicitdl._internal.errors import MissingExtraError
 from implicitdl.data import (
     NAMES,
     DatasetNotFoundError,
@@ -315,15 +316,16 @@ def test_nothing_is_downloaded_unasked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3"])
-@pytest.mark.parametrize("kept", [0, 3, 10, 16, 25])
-def test_truncated_idx_files(part: str, kept: int, root: Path) -> None:
+def test_truncated_idx_files(part: str, root: Path) -> None:
     path = root / FOLDERS["mnist"] / f"{part}-ubyte"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ArgumentError) as error:
-        mnist_load(8, root)
-    text = message(error)
-    assert text.startswith(f"load: expected whole mnist files in {path.parent}, got one that is truncated")
-    assert text.endswith("Delete the folder and load again, or put whole files there.")
+    whole = path.read_bytes()
+    for kept in (0, 3, 10, 16, 25):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ArgumentError) as error:
+            mnist_load(8, root)
+        text = message(error)
+        assert text.startswith(f"load: expected whole mnist files in {path.parent}, got one that is truncated"), kept
+        assert text.endswith("Delete the folder and load again, or put whole files there."), kept
 
 
 @pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
@@ -425,12 +427,6 @@ def test_torchvision_imports_beside_any_torch_with_warnings_as_errors() -> None:
         ]
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_package_imports_neither_torchvision_nor_scikit_learn() -> None:
-    code = "import sys, implicitdl.data; assert not {'torchvision', 'sklearn'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

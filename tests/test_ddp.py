@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from implicitdl import DEQ, Anderson, ImplicitAdjoint, ImplicitModel, ImplicitRNN
+from two_processes import joined
 
 PROCESSES = 2
 
@@ -59,23 +59,20 @@ def train(model: nn.Module, u: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {name: w.detach() for name, w in weights.items()} | {f"{name}.grad": w.grad for name, w in weights.items()}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
-    try:
-        for name in MODELS:
-            model, u, target = problem(name)
-            parallel = DistributedDataParallel(model)
-            found = train(parallel, u.chunk(PROCESSES)[rank], target.chunk(PROCESSES)[rank])
-            torch.save({key.removeprefix("module."): value for key, value in found.items()}, f"{folder}/{name}.{rank}")
-    finally:
-        distributed.destroy_process_group()
+def worker(folder: str) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    for name in MODELS:
+        model, u, target = problem(name)
+        found = train(DistributedDataParallel(model), u.chunk(PROCESSES)[rank], target.chunk(PROCESSES)[rank])
+        torch.save({key.removeprefix("module."): value for key, value in found.items()}, f"{folder}/{name}.{rank}")
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=PROCESSES)
+    joined("import sys\nfrom test_ddp import worker\nwork = lambda: worker(sys.argv[2])\n", str(folder))
     return folder
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from implicitdl import (
     DEQ,
     Anderson,
+    ArgumentError,
     ConvergenceError,
     Equilibrium,
     ImplicitFunctionWarning,
@@ -23,7 +24,6 @@ from implicitdl import (
     Unrolled,
     certify,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.nn import DenseEquilibriumClassifier, RandomStart, ResidualBlock, TanhBlock, WarmStart, ZeroStart
 from implicitdl.statespace import from_module

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from implicitdl import DEQ, Aitken, Anderson, Auto, Broyden, Newton, Picard, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import DEQ, Aitken, Anderson, ArgumentError, Auto, Broyden, Newton, Picard, fixed_point
 
 SOLVERS = [Auto(), Picard(), Aitken(), Anderson(), Broyden(), Newton()]
 by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)

@@ -10,6 +10,7 @@ from torch import nn
 
 from implicitdl import (
     DEQ,
+    ArgumentError,
     Equilibrium,
     ImplicitFunctionWarning,
     Picard,
@@ -17,7 +18,6 @@ from implicitdl import (
     jacobian_regularization,
     spectral_radius,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.nn import JacobianPenalty, TanhBlock
 
 TURN = 0.9 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from implicitdl import Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Solution, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Solution, fixed_point
 from implicitdl.activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
 from implicitdl.constraints import RowScaling, Unconstrained
 from implicitdl.equations.equilibrium import EquilibriumAdjoint

@@ -182,13 +182,12 @@ def values_whose_storage_goes() -> None:
 CASES = [every_door, every_value_of_anderson, another_precision, a_map_that_changes_its_mind, values_whose_storage_goes]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_the_process_lives(case):
-    run = f"import {__name__} as tests; tests.{case.__name__}()"
+def test_the_process_lives():
+    run = f"import {__name__} as tests\nfor case in tests.CASES: print(case.__name__, file=sys.stderr); case()"
     folders = Path(implicitdl.__file__).parents[1], Path(__file__).parent
     # Freed memory is overwritten, so that nobody reads old numbers there by luck.
     environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    command = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", run]
+    command = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", f"import sys\n{run}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

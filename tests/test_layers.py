@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +96,14 @@ def test_no_circle_of_files():
     assert {circle for circle in circles if len(circle) > 1} <= KNOWN_CIRCLES
 
 
-def test_import_is_light():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, implicitdl; heavy = {'torchvision', 'sklearn', 'matplotlib', 'accelerate', 'typer', 'rich'};"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_imports_are_light_and_pyplot_is_never_imported(tmp_path):
+    code = """
+import sys, implicitdl, implicitdl.data
+from implicitdl import ImplicitModel, viz
+heavy = {"torchvision", "sklearn", "matplotlib", "accelerate", "typer", "rich"} & set(sys.modules)
+viz.spy(ImplicitModel(input_dim=3, output_dim=2, hidden_dim=4), path=sys.argv[1])
+print(sorted(heavy | {"matplotlib.pyplot"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "spy.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

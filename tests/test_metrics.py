@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from implicitdl import SIM, ImplicitModel, get_valid_accuracy, jacobian_regularization, spectral_radius, train
-from implicitdl._internal.errors import ArgumentError, shown
+from implicitdl import (
+    SIM,
+    ArgumentError,
+    ImplicitModel,
+    get_valid_accuracy,
+    jacobian_regularization,
+    spectral_radius,
+    train,
+)
+from implicitdl._internal.errors import shown
 from implicitdl.sim import score
 from implicitdl.sim.solution import SIMWarning
 from implicitdl.sim.solvers import ADMMSolver

@@ -10,6 +10,7 @@ import torch
 
 from implicitdl import (
     Anderson,
+    ArgumentError,
     ImplicitAdjoint,
     ImplicitFunction,
     ImplicitFunctionInf,
@@ -20,7 +21,6 @@ from implicitdl import (
     Picard,
     Unrolled,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl._internal.store import CheckpointError
 from implicitdl.activations import BUILTIN, RELU, TANH, Activation, from_function
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, Unconstrained, norm_inf

@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from implicitdl import ImplicitModel, StateSpace, certify
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel, StateSpace, certify
 from implicitdl.activations import RELU, TANH
 from implicitdl.certify import Box
 from implicitdl.constraints import Unconstrained

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from implicitdl import DEQ, Picard
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import DEQ, ArgumentError, Picard
 from implicitdl.constraints import SpectralNorm, WeightNorm
 from implicitdl.testing import check_constraint
 

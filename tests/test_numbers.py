@@ -16,6 +16,7 @@ from implicitdl import (
     SIM,
     Aitken,
     Anderson,
+    ArgumentError,
     Broyden,
     ImplicitModel,
     ImplicitRNN,
@@ -27,7 +28,6 @@ from implicitdl import (
     spectral_radius,
     train,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.cli import main
 from implicitdl.data import Images, arithmetic, image_loader, load, spiky
 from implicitdl.nn import (
@@ -178,13 +178,18 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "bad"), [(call, bad) for _, call, bad in CALLS], ids=[name for name, *_ in CALLS])
-def test_a_bad_number_is_worded(call, bad):
-    for value in bad:
-        with pytest.raises(ArgumentError) as caught:
-            call(value)
-        assert "expected" in str(caught.value), value
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("owner", dict.fromkeys(name.split("(")[0] for name, *_ in CALLS))
+def test_a_bad_number_is_worded(owner):
+    for name, call, bad in CALLS:
+        for value in bad if name.split("(")[0] == owner else ():
+            try:
+                call(value)
+            except ArgumentError as error:
+                text = str(error)
+            else:
+                text = "accepted"
+            assert "expected" in text, (name, value)
+            assert "\n" not in text, (name, value)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from implicitdl import ImplicitModel, StateSpace, prune
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel, StateSpace, prune
 from implicitdl.activations import RELU, TANH, Activation
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, norm_inf
 from implicitdl.statespace import error_bound, magnitude, reduce, refit, sensitivity, zeros_held

@@ -7,8 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from implicitdl import StateSpace
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, StateSpace
 from implicitdl.activations import ELU, HARDTANH, IDENTITY, LEAKY_RELU, RELU, SIGMOID, SILU, TANH
 from implicitdl.constraints import norm_inf
 from implicitdl.statespace import (

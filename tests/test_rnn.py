@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from implicitdl import ImplicitRNN, ImplicitRNNCell, Monitor, Picard
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitRNN, ImplicitRNNCell, Monitor, Picard
 from implicitdl.activations import TANH
 
 SIZES = {"input_dim": 2, "implicit_hidden_dim": 6, "hidden_dim": 3}

@@ -67,10 +67,10 @@ def test_a_trial_outside_of_the_domain_is_halved(solver):
 @pytest.mark.parametrize(
     "solver", [Newton(), Newton(dense=False), Broyden(), GMRES(), Auto(), Anderson(), Picard()], ids=repr
 )
-@pytest.mark.parametrize("g", [torch.exp, lambda x: x * x + 1, lambda x: 1 / x], ids=["exp", "x² + 1", "1/x"])
-def test_what_has_no_root_is_never_claimed(solver, g):
-    solution = root(g, torch.tensor([[0.5, 1.0]]), solver=solver, on_failure="ignore")
-    assert not solution.converged.any()
+def test_what_has_no_root_is_never_claimed(solver):
+    for name, g in {"exp": torch.exp, "x² + 1": lambda x: x * x + 1, "1/x": lambda x: 1 / x}.items():
+        solution = root(g, torch.tensor([[0.5, 1.0]]), solver=solver, on_failure="ignore")
+        assert not solution.converged.any(), name
 
 
 @pytest.mark.parametrize("solver", [Newton(), Broyden()], ids=repr)

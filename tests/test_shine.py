@@ -8,6 +8,7 @@ import torch
 from implicitdl import (
     SHINE,
     Anderson,
+    ArgumentError,
     Auto,
     ImplicitAdjoint,
     Monitor,
@@ -15,7 +16,6 @@ from implicitdl import (
     Picard,
     fixed_point,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.equations.function import FunctionMap
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import Broyden

@@ -14,8 +14,7 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import implicitdl
-from implicitdl import Auto, ImplicitModel
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, Auto, ImplicitModel
 from implicitdl.activations import BUILTIN
 from implicitdl.certify import well_posed
 from implicitdl.constraints import LowRank, RowScaling, Unconstrained, WeightedRowScaling

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -23,6 +21,7 @@ from implicitdl.cli import main
 from implicitdl.data import load
 from implicitdl.sim import SIM
 from kernel_paths import threads
+from two_processes import joined
 
 # A process of its own computes in float32, whatever the other tests like.
 pytestmark = pytest.mark.usefixtures("float32")
@@ -106,15 +105,14 @@ def test_teachers_and_options(teachers, teacher, options, tmp_path, capsys):
         assert words in printed
 
 
-def test_the_network_of_the_weights_is_the_exported_one(teachers, tmp_path, capsys):
-    lines = []
-    for i, words in enumerate((["net.safetensors", "--layers", "64-16-8-10"], ["net.pt2"])):
-        teacher, *options = words
-        assert (
-            main(["sim", "--teacher", str(teachers / teacher), *options, *QUICK, "--out", str(tmp_path / str(i))]) == 0
-        )
-        lines.append([line for line in capsys.readouterr().out.splitlines() if "teacher, test" in line])
-    assert lines[0] == lines[1]
+def accuracy_of_the_teacher(out):
+    return json.loads((out / "sim.json").read_text())["accuracy"]["teacher"]
+
+
+def test_the_network_of_the_weights_is_the_exported_one(teachers, finished, tmp_path):
+    words = ["--teacher", str(teachers / "net.safetensors"), "--layers", "64-16-8-10"]
+    assert main(["sim", *words, *QUICK, "--out", str(tmp_path / "out")]) == 0
+    assert accuracy_of_the_teacher(tmp_path / "out") == accuracy_of_the_teacher(finished)
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "float64"]], ids=["float32", "float64"])
@@ -147,15 +145,14 @@ def drawn(out):
     return options["samples"], options["seed"], options["split_seed"]
 
 
-def test_the_draw_leaves_the_split_alone(teachers, tmp_path, capsys):
+def test_the_draw_leaves_the_split_alone(teachers, finished, tmp_path):
     """Else what is tested on is what the teacher was trained on."""
-    lines = []
-    for name, words in (("one", ["--seed", "1"]), ("two", ["--seed", "2"]), ("split", ["--split-seed", "3"])):
+    for name, words in (("drawn", ["--seed", "1"]), ("split", ["--split-seed", "3"])):
         words = ["--teacher", str(teachers / "net.pt2"), *QUICK, *words, "--out", str(tmp_path / name)]
         assert main(["sim", *words]) == 0
-        lines.append(next(line for line in capsys.readouterr().out.splitlines() if "teacher, test" in line))
-    assert [drawn(tmp_path / name)[1:] for name in ("one", "two", "split")] == [(1, 0), (2, 0), (0, 3)]
-    assert lines[0] == lines[1] != lines[2]
+    assert [drawn(out)[1:] for out in (finished, tmp_path / "drawn", tmp_path / "split")] == [(0, 0), (1, 0), (0, 3)]
+    accuracy = accuracy_of_the_teacher(finished)
+    assert accuracy_of_the_teacher(tmp_path / "drawn") == accuracy != accuracy_of_the_teacher(tmp_path / "split")
 
 
 def test_a_run_is_matched_on_its_own_split(tmp_path):
@@ -218,17 +215,6 @@ def test_a_folder_that_cannot_be_written_shows_before_anything_is_solved(
     assert not list(tmp_path.iterdir())
 
 
-def launched(commands, processes):
-    """What `torchrun implicitdl words` prints, one command after another, one thread a process."""
-    code = f"from implicitdl.cli import main; raise SystemExit(any([main(words) for words in {commands!r}]))"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, "--no-python", sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_two_processes_are_one(teachers, tmp_path, capsys):
     common = ["sim", "--teacher", str(teachers / "net.pt2"), *QUICK, "--path", "30,3"]
@@ -239,7 +225,8 @@ def test_two_processes_are_one(teachers, tmp_path, capsys):
     )
     with threads(1):
         assert [main(words) for words in one] == [0, 0]
-    printed = launched(two, processes=2)
+    work = f"work = lambda: any([main(words) for words in {two!r}])"
+    printed = joined(f"import implicitdl.cli.app, implicitdl.viz\nfrom implicitdl.cli import main\n{work}\n")
     assert printed.replace(str(tmp_path / "2"), str(tmp_path / "1")) == capsys.readouterr().out
     files = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -287,43 +274,43 @@ def test_a_pickle_in_an_exported_program_is_not_run(teachers, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--teacher", "net.pt2", "--layers", "64-10"], "--layers together with a .safetensors file"),
-        (["--teacher", "net.safetensors"], "a .safetensors file without --layers"),
-        (["--teacher", "net.safetensors", "--layers", "64,10"], "sizes such as 784-64-10, got '64,10'"),
-        (["--teacher", "net.safetensors", "--layers", "64-16-10"], "weights of 16 × 64, 10 × 16"),
-        (["--teacher", "none.safetensors", "--layers", "64-10"], "a whole .safetensors file"),
-        (["--teacher", "none.pt2"], "an exported program"),
-        (["--teacher", "net.pth"], "the pickle net.pth"),
-        (["--teacher", "nowhere"], "nothing there"),
-        (["--teacher", "fixed.pt2"], "a teacher that takes inputs of shape (200, 1, 8, 8)"),
-        (["--teacher", "net.pt2", "--activation", "tanh"], "x = φ(z) with φ = tanh"),
-        (["--teacher", "net.pt2", "--activation", "swish"], "--activation to be one of"),
-        (["--teacher", "net.pt2", "--solver", "simplex"], "--solver to be one of"),
-        (["--teacher", "net.pt2", "--dtype", "half"], "--dtype to be one of"),
-        (["--teacher", "net.pt2", "--kappa", "1"], "--kappa strictly between 0 and 1"),
-        (["--teacher", "net.pt2", "--samples", "9999"], "--samples of at most"),
-        (["--teacher", "net.pt2", "--lambda-z", "-1"], "--lambda-z ≥ 0"),
-        (["--teacher", "net.pt2", "--rank", "3"], "a --solver with --rank"),
-        (["--teacher", "net.pt2", "--solver", "least-squares", "--lambda-z", "1"], "a --solver with --lambda-z"),
-        (["--teacher", "net.pt2", "--refit"], "--refit together with --path"),
-        (["--teacher", "net.pt2", "--path", "1,x"], "--path with numbers"),
-        (["--teacher", "net.pt2", "--nonzeros", "1,1.5"], "--nonzeros with numbers"),
-        (["--teacher", "net.pt2", "--nonzeros", "0"], "--nonzeros to be a positive integer"),
-        (["--teacher", "net.pt2", "--nonzeros", "5", "--path", "1"], "--path or --nonzeros, got both"),
-        (["--teacher", "net.pt2", "--split-seed", "-1"], "--split-seed to be an integer ≥ 0"),
-        (["--teacher", "net.pt2", "--device", "moon"], "--device to be one that is here"),
-        (["--teacher", "net.pt2", "--out", "net.pt2"], "--out to be a new folder"),
-    ],
-)
-def test_bad_input_is_one_line(teachers, words, message, tmp_path, monkeypatch, capsys):
+BAD = [
+    (["--teacher", "net.pt2", "--layers", "64-10"], "--layers together with a .safetensors file"),
+    (["--teacher", "net.safetensors"], "a .safetensors file without --layers"),
+    (["--teacher", "net.safetensors", "--layers", "64,10"], "sizes such as 784-64-10, got '64,10'"),
+    (["--teacher", "net.safetensors", "--layers", "64-16-10"], "weights of 16 × 64, 10 × 16"),
+    (["--teacher", "none.safetensors", "--layers", "64-10"], "a whole .safetensors file"),
+    (["--teacher", "none.pt2"], "an exported program"),
+    (["--teacher", "net.pth"], "the pickle net.pth"),
+    (["--teacher", "nowhere"], "nothing there"),
+    (["--teacher", "fixed.pt2"], "a teacher that takes inputs of shape (200, 1, 8, 8)"),
+    (["--teacher", "net.pt2", "--activation", "tanh"], "x = φ(z) with φ = tanh"),
+    (["--teacher", "net.pt2", "--activation", "swish"], "--activation to be one of"),
+    (["--teacher", "net.pt2", "--solver", "simplex"], "--solver to be one of"),
+    (["--teacher", "net.pt2", "--dtype", "half"], "--dtype to be one of"),
+    (["--teacher", "net.pt2", "--kappa", "1"], "--kappa strictly between 0 and 1"),
+    (["--teacher", "net.pt2", "--samples", "9999"], "--samples of at most"),
+    (["--teacher", "net.pt2", "--lambda-z", "-1"], "--lambda-z ≥ 0"),
+    (["--teacher", "net.pt2", "--rank", "3"], "a --solver with --rank"),
+    (["--teacher", "net.pt2", "--solver", "least-squares", "--lambda-z", "1"], "a --solver with --lambda-z"),
+    (["--teacher", "net.pt2", "--refit"], "--refit together with --path"),
+    (["--teacher", "net.pt2", "--path", "1,x"], "--path with numbers"),
+    (["--teacher", "net.pt2", "--nonzeros", "1,1.5"], "--nonzeros with numbers"),
+    (["--teacher", "net.pt2", "--nonzeros", "0"], "--nonzeros to be a positive integer"),
+    (["--teacher", "net.pt2", "--nonzeros", "5", "--path", "1"], "--path or --nonzeros, got both"),
+    (["--teacher", "net.pt2", "--split-seed", "-1"], "--split-seed to be an integer ≥ 0"),
+    (["--teacher", "net.pt2", "--device", "moon"], "--device to be one that is here"),
+    (["--teacher", "net.pt2", "--out", "net.pt2"], "--out to be a new folder"),
+]
+
+
+def test_bad_input_is_one_line(teachers, tmp_path, monkeypatch, capsys):
     torch.save({}, teachers / "net.pth")
     monkeypatch.chdir(teachers)
-    out = [] if "--out" in words else ["--out", tmp_path / "out"]
     before = sorted(teachers.iterdir())
-    samples = [] if "--samples" in words else SMALL[2:]
-    assert message in refused(capsys, ["sim", *words, *SMALL[:2], *samples, *out])
-    assert sorted(teachers.iterdir()) == before
-    assert not (tmp_path / "out").exists()
+    for words, message in BAD:
+        out = [] if "--out" in words else ["--out", tmp_path / "out"]
+        samples = [] if "--samples" in words else SMALL[2:]
+        assert message in refused(capsys, ["sim", *words, *SMALL[:2], *samples, *out]), words
+        assert sorted(teachers.iterdir()) == before, words
+        assert not (tmp_path / "out").exists(), words

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.equations.equilibrium import Equilibrium
 from implicitdl.fixed_point import fixed_point

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from implicitdl import ImplicitModel
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel
 from implicitdl._internal.store import CheckpointError
 from implicitdl.sim import get_states, load_states
 from implicitdl.sim.rescale import teacher_weights

@@ -14,6 +14,7 @@ import implicitdl.solvers.newton as newton_module
 from implicitdl import (
     GMRES,
     Anderson,
+    ArgumentError,
     Auto,
     Broyden,
     Equilibrium,
@@ -26,7 +27,6 @@ from implicitdl import (
     Unrolled,
     fixed_point,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import BUILTIN, IDENTITY, LEAKY_RELU, RELU, TANH
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers.base import Solver

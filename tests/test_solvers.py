@@ -10,6 +10,7 @@ import torch
 
 from implicitdl import (
     Anderson,
+    ArgumentError,
     Auto,
     ConvergenceError,
     Equilibrium,
@@ -20,7 +21,6 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.testing import (
     EXPANDING_SOLVERS,

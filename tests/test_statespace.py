@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from implicitdl import (
+    ArgumentError,
     Auto,
     ConvergenceError,
     ImplicitFunction,
@@ -22,7 +23,6 @@ from implicitdl import (
     StateSpace,
     compress,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, SIGMOID, TANH, Activation
 from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, Unconstrained
 from implicitdl.statespace import Block

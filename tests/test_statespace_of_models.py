@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from implicitdl import ImplicitModel, StateSpace
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, ImplicitModel, StateSpace
 from implicitdl.activations import RELU, TANH
 from implicitdl.constraints import RowProjection, SoftRowScaling, StrictlyUpper, Unconstrained, WeightedRowScaling
 from implicitdl.statespace import rescale

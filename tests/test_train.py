@@ -26,9 +26,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from implicitdl import ImplicitAdjoint, ImplicitModel, Picard, Status, fixed_point, solution
+from implicitdl import ArgumentError, ImplicitAdjoint, ImplicitModel, Picard, Status, fixed_point, solution
 from implicitdl._internal import errors, store
-from implicitdl._internal.errors import ArgumentError, MissingExtraError
+from implicitdl._internal.errors import MissingExtraError
 from implicitdl.loop.announce import announce_miss
 from implicitdl.loop.iterate import SolveResult
 from implicitdl.training import Logger, NonFiniteLossError, get_valid_accuracy, load_weights, loop, processes, train
@@ -73,6 +73,12 @@ def net() -> nn.Module:
     """All that a checkpoint could forget: batch statistics, dropout, an equilibrium."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Equilibrium(8), nn.Linear(8, 3))
+
+
+def plain() -> nn.Module:
+    """What optimizers, schedulers and loaders are tried on."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 def adam(model):
@@ -352,9 +358,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("opt", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_every_optimizer_resumes_to_the_bit(tmp_path, opt):
-    whole, logger = fit(tmp_path / "whole", 3, opt=opt)
-    fit(tmp_path / "parts", 1, opt=opt)
-    model, resumed = fit(tmp_path / "parts", 3, opt=opt, resume=True)
+    whole, logger = fit(tmp_path / "whole", 2, opt=opt, model=plain())
+    fit(tmp_path / "parts", 1, opt=opt, model=plain())
+    model, resumed = fit(tmp_path / "parts", 2, opt=opt, model=plain(), resume=True)
     assert bits(model) == bits(whole)
     assert resumed.rows == logger.rows
     assert resumed.best == logger.best
@@ -383,7 +389,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize(("scheduler", "step"), SCHEDULERS.values(), ids=SCHEDULERS.keys())
 def test_every_scheduler_resumes_to_the_bit(tmp_path, scheduler, step):
     def run(name, epochs, **options):
-        return fit(tmp_path / name, epochs, scheduler=scheduler, scheduler_step=step, **options)
+        return fit(tmp_path / name, epochs, model=plain(), scheduler=scheduler, scheduler_step=step, **options)
 
     whole, logger = run("whole", 4)
     run("parts", 2)
@@ -393,7 +399,7 @@ def test_every_scheduler_resumes_to_the_bit(tmp_path, scheduler, step):
     assert len({row["lr"] for row in logger.rows}) > 1
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_interrupted_at_every_boundary(undisturbed, tmp_path, stop):
     fit(tmp_path / "parts", stop)
     fit(tmp_path / "parts", 5, resume=True)
@@ -406,7 +412,7 @@ def test_resumed_after_every_epoch(undisturbed, tmp_path):
     assert files(tmp_path / "parts") == undisturbed(4)
 
 
-@pytest.mark.parametrize("call", [1, 5, 8, 9, 11, 12, 20])
+@pytest.mark.parametrize("call", [1, 8, 9, 12, 20])
 def test_interrupted_inside_an_epoch_of_training_or_validation(undisturbed, tmp_path, call):
     """8 batches of training and 3 of validation an epoch; Ctrl-C at the given one."""
     calls = []
@@ -449,9 +455,9 @@ LOADERS = {
 
 @pytest.mark.parametrize("data", LOADERS.values(), ids=LOADERS.keys())
 def test_every_loader_resumes_to_the_bit(tmp_path, data):
-    fit(tmp_path / "whole", 3, data=data())
-    fit(tmp_path / "parts", 1, data=data())
-    fit(tmp_path / "parts", 3, data=data(), resume=True)
+    fit(tmp_path / "whole", 2, data=data(), model=plain())
+    fit(tmp_path / "parts", 1, data=data(), model=plain())
+    fit(tmp_path / "parts", 2, data=data(), model=plain(), resume=True)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
@@ -619,7 +625,7 @@ def kill_and_resume(tmp_path: Path, kills: int, epochs: int, timeout: int) -> No
 
 
 def test_killed_at_random_moments(tmp_path):
-    kill_and_resume(tmp_path, 2, 8, 280)
+    kill_and_resume(tmp_path, 1, 8, 280)
 
 
 @pytest.mark.long
@@ -1107,16 +1113,17 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), CHANGED.values(), ids=CHANGED.keys())
-def test_resuming_something_else(tmp_path, changes, words):
+def test_resuming_something_else(tmp_path):
     fit(tmp_path, 2, scheduler=cosine)
     before = files(tmp_path)
-    options = {"scheduler": cosine, "epochs": 3, **changes}
-    options["model"] = options.pop("model", net)()
-    untouched = bits(options["model"])
-    assert words in refused(folder=tmp_path, who=f"train(resume) of '{tmp_path}': expected ", resume=True, **options)
-    assert files(tmp_path) == before
-    assert bits(options["model"]) == untouched
+    for name, (changes, words) in CHANGED.items():
+        options = {"scheduler": cosine, "epochs": 3, **changes}
+        options["model"] = options.pop("model", net)()
+        untouched = bits(options["model"])
+        who = f"train(resume) of '{tmp_path}': expected "
+        assert words in refused(folder=tmp_path, who=who, resume=True, **options), name
+        assert files(tmp_path) == before, name
+        assert bits(options["model"]) == untouched, name
 
 
 def test_resuming_a_damaged_checkpoint(tmp_path):
@@ -1426,13 +1433,13 @@ STATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", STATES, ids=repr)
-def test_packing_through_json(value):
-    tensors: dict = {}
-    found = unpack(json.loads(json.dumps(pack(value, "x", tensors), allow_nan=False)), tensors)
-    assert found == value
-    assert type(found) is type(value)
-    assert tensors == {}
+def test_packing_through_json():
+    for value in STATES:
+        tensors: dict = {}
+        found = unpack(json.loads(json.dumps(pack(value, "x", tensors), allow_nan=False)), tensors)
+        assert found == value
+        assert type(found) is type(value), value
+        assert tensors == {}, value
 
 
 def test_packing_tensors_by_path():

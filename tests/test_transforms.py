@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from implicitdl import (
     DEQ,
     Anderson,
+    ArgumentError,
     Auto,
     ConvergenceError,
     Equilibrium,
@@ -35,7 +36,6 @@ from implicitdl import (
     fixed_point,
     root,
 )
-from implicitdl._internal.errors import ArgumentError
 from implicitdl.activations import RELU, TANH, Activation
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling
 from implicitdl.equations.circular import CircularConvolution, CircularEquilibrium
@@ -289,7 +289,6 @@ def dual(f, b):
         return f(forward_ad.make_dual(b, b))
 
 
-@pytest.mark.parametrize("under", [*UNDER.values(), dual], ids=[*UNDER, "dual numbers"])
 @pytest.mark.parametrize(
     "solve",
     [
@@ -300,11 +299,12 @@ def dual(f, b):
     ],
     ids=["closure", "argument", "root", "DEQ"],
 )
-def test_a_function_is_refused(solve, under):
-    with pytest.raises(
-        ArgumentError, match=r"expected an Equilibrium under torch\.func's.*got a function.*closes over"
-    ):
-        under(solve, torch.ones(2, 3))
+def test_a_function_is_refused(solve):
+    for under in (*UNDER.values(), dual):
+        with pytest.raises(
+            ArgumentError, match=r"expected an Equilibrium under torch\.func's.*got a function.*closes over"
+        ):
+            under(solve, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("adjoint", [PhantomGradient(), Unrolled()], ids=repr)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import implicitdl
-from implicitdl import DEQ, ImplicitModel, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import DEQ, ArgumentError, ImplicitModel, fixed_point
 
 
 @pytest.mark.parametrize(

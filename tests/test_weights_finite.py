@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from implicitdl import Equilibrium, ImplicitModel, ImplicitRNN, StateSpace, certify, fixed_point
-from implicitdl._internal.errors import ArgumentError
+from implicitdl import ArgumentError, Equilibrium, ImplicitModel, ImplicitRNN, StateSpace, certify, fixed_point
 from implicitdl.activations import RELU, TANH
 from implicitdl.constraints import Monotone, RowProjection, SoftRowScaling, StrictlyUpper, Unconstrained
 from implicitdl.equations.lowrank import LowRankEquilibrium
