@@ -26,7 +26,6 @@ from implicitdl.activations import RELU, TANH
 from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize(
     ("adjoint", "solver"),
     [*((adjoint, Auto()) for adjoint in EXACT_ADJOINTS), (EXACT_ADJOINTS[0], Picard(max_steps=2000)),

@@ -75,13 +75,13 @@ def test_direct_sum(seed, shapes, layout):
     assert close(tight(direct_sum(*models), torch.cat(parts, 1)), expected)
 
 
-@pytest.mark.float64
 @laws
 @given(seeds, sizes, sizes, sizes, sizes, layouts)
 def test_affine_maps_before_and_after(seed, outside, p, q, result, layout):
     g = torch.Generator().manual_seed(seed)
-    Q, shift = torch.randn(p, outside, generator=g), torch.randn(p, generator=g)
-    P, offset = torch.randn(result, q, generator=g), torch.randn(result, generator=g)
+    Q, shift, P, offset = (
+        torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((p, outside), (p,), (result, q), (result,))
+    )
     model, u = layout(random_space(seed, p, q)), inputs(seed, outside)
     whole = StateSpace.affine(P, offset) @ model @ StateSpace.affine(Q, shift)
     assert whole.n == model.n
@@ -95,20 +95,19 @@ def test_an_output_activation(seed, p, q, layout):
     assert close(tight(activate(model, TANH), u), torch.tanh(tight(model, u)))
 
 
-@pytest.mark.float64
 @laws
 @given(seeds, sizes, sizes, layouts)
 def test_residual_connections(seed, p, q, layout):
     model, u = layout(random_space(seed, p, p)), inputs(seed, p)
     assert close(tight(residual(model), u), u + tight(model, u))
-    S = torch.randn(q, p, generator=torch.Generator().manual_seed(seed))
+    S = torch.randn(q, p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     other = layout(random_space(seed, p, q))
     assert close(tight(residual(other, S), u), u @ S.t() + tight(other, u))
 
 
 def outer_fixed_point(step, batch, q):
     """y = step(y) by plain iteration from zero, to the last digits."""
-    y = torch.zeros(batch, q)
+    y = torch.zeros(batch, q, dtype=torch.float64)
     for _ in range(20):  # the gain around the loop is below ⅛
         y = step(y)
     return y
@@ -124,7 +123,6 @@ def test_self_feedback_is_the_outer_fixed_point(seed, p, q, layout):
     assert close(tight(closed, u), expected)
 
 
-@pytest.mark.float64
 @settings(max_examples=6, deadline=None)
 @given(seeds, sizes, sizes, layouts, layouts)
 def test_feedback_is_the_outer_fixed_point(seed, p, q, one, other):
@@ -183,10 +181,9 @@ def test_feedback_of_a_linear_loop_is_the_geometric_series():
 
 
 def scalar(a=0.0, b=1.0, c=1.0, d=0.0, kind=RELU):
-    return StateSpace(*(torch.tensor([[value]]) for value in (a, b, c, d)), blocks=kind)
+    return StateSpace(*(torch.tensor([[value]], dtype=torch.float64) for value in (a, b, c, d)), blocks=kind)
 
 
-@pytest.mark.float64
 def test_a_loop_that_is_not_known_to_be_well_posed_is_refused_with_its_number():
     forward, backward = scalar(0.5), scalar(0.0, 1.0, 0.7)
     # A = [[0.5, 0.7], [1, 0]]: λ = (0.5 + √(0.25 + 2.8)) / 2
@@ -194,8 +191,9 @@ def test_a_loop_that_is_not_known_to_be_well_posed_is_refused_with_its_number():
         feedback(forward, backward)
     assert feedback(forward, backward, check=False).n == 2
     # The other way round the loop is a negative one, well posed for another reason: x = relu(u + (-5)x).
-    negative = self_feedback(StateSpace(torch.zeros(1, 1), torch.tensor([[1.0, -5.0]]), torch.eye(1)), check=False)
-    assert close(tight(negative, torch.ones(1, 1)), torch.tensor([[1 / 6]]))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    negative = self_feedback(StateSpace(0 * one, torch.tensor([[1.0, -5.0]], dtype=torch.float64), one), check=False)
+    assert close(tight(negative, one), one / 6)
 
 
 def test_a_steep_activation_counts_with_its_slope():
@@ -208,7 +206,6 @@ def test_a_steep_activation_counts_with_its_slope():
     assert loop_gain(scalar(kind=unbounded) @ scalar()) == 0.0
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -222,7 +219,7 @@ def test_a_steep_activation_counts_with_its_slope():
         (lambda: scalar() * float("nan"), "factor to be a finite number, got nan"),
         (lambda: True * scalar(), "factor to be a finite number, got True"),
         (lambda: residual(random_space(0, 2, 3)), r"a shortcut of shape \(q=3, p=2\), got None"),
-        (lambda: residual(scalar(), torch.ones(1, 2)), r"models of the same p, got \[1, 2\]"),
+        (lambda: residual(scalar(), torch.ones(1, 2, dtype=torch.float64)), r"models of the same p, got \[1, 2\]"),
         (lambda: self_feedback(scalar()), "p > q=1, the input to end with the output, got p=1"),
         (lambda: feedback(scalar(), random_space(0, 2, 1)), "a backward model from q=1 to p=1, got p=2, q=1"),
         (lambda: feedback(scalar(d=2.0), scalar(d=0.5)), "I − D around the loop to be invertible, got a smallest singular value of 0"),

@@ -99,13 +99,13 @@ def test_scaling_touches_no_row_that_is_inside():
         assert torch.allclose(A[2].abs().sum(), torch.tensor(0.9))
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("constraint", BALLS, ids=repr)
 @pytest.mark.parametrize("kappa", [0.9, 0.99, 0.7])
 def test_float32_gradients_are_those_of_float64(constraint, kappa):
     # Whether a row is inside must not be read off a quotient that rounds to nearly 1.
     ball = type(constraint)(kappa=kappa)
-    raw, weights = torch.randn(200, 10) / 8, torch.randn(200, 10)
+    raw, weights = torch.randn(2, 200, 10, dtype=torch.float64)
+    raw = raw / 8
 
     def gradient(dtype):
         free = raw.to(dtype).requires_grad_()

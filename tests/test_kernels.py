@@ -371,24 +371,20 @@ def value(A: Tensor, b: Tensor, phi: Activation = LEAKY_RELU, order: int = 1, x0
 
 class TestGradients:
     def tensors(self) -> tuple[Tensor, Tensor]:
-        return contraction(6, 0.8).requires_grad_(), torch.randn(4, 6, requires_grad=True)
+        return contraction(6, 0.8).requires_grad_(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
 
-    @pytest.mark.float64
     @by_name
     def test_gradcheck(self, phi):
         assert gradcheck(lambda A, b: value(A, b, phi), self.tensors(), fast_mode=True)
 
-    @pytest.mark.float64
     @pytest.mark.parametrize("x0", [None, torch.ones(4, 6, dtype=torch.float64)], ids=["none", "given"])
     def test_batched_gradcheck(self, x0):
         assert gradcheck(lambda A, b: value(A, b, x0=x0), self.tensors(), check_batched_grad=True, fast_mode=True)
 
-    @pytest.mark.float64
     @by_name
     def test_second_order(self, phi):
         assert gradgradcheck(lambda A, b: value(A, b, phi, order=2), self.tensors(), fast_mode=True)
 
-    @pytest.mark.float64
     def test_first_order_is_right_under_create_graph_and_refuses_a_second(self):
         A, b = self.tensors()
         plain = torch.autograd.grad(value(A, b).sum(), (A, b))
@@ -406,7 +402,6 @@ class TestGradients:
         held[which].requires_grad_()
         assert torch.equal(torch.autograd.grad(value(*held).pow(2).sum(), held[which])[0], both)
 
-    @pytest.mark.float64
     @pytest.mark.parametrize("which", ["A", "b"])
     def test_a_change_in_place_before_backward_is_an_error(self, which):
         leaves = self.tensors()
@@ -426,7 +421,6 @@ class TestGradients:
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, (A, b))
 
-    @pytest.mark.float64
     def test_a_graph_that_is_not_used_leaves_nothing_alive(self):
         x = value(*self.tensors())
         held = weakref.ref(x.grad_fn.at)
@@ -460,7 +454,6 @@ class TestGradients:
         model(torch.randn(4, 3)).sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
-    @pytest.mark.float64
     def test_torch_func_goes_its_own_way(self):
         A, b = (t.detach() for t in self.tensors())
         total = lambda A, b: value(A, b).pow(2).sum()  # noqa: E731
@@ -525,10 +518,9 @@ class TestForeignTensors:
     """What looks like numbers in memory, and is something else."""
 
     def setup_method(self) -> None:
-        self.A, self.b = contraction(5, 0.8), torch.randn(3, 5)
+        self.A, self.b = contraction(5, 0.8), torch.randn(3, 5, dtype=torch.float64)
         self.x = solve(Equilibrium(self.A, self.b, IDENTITY)).value
 
-    @pytest.mark.float64
     @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
     def test_sparse_weights(self):
         f = Equilibrium(self.A.to_sparse_csr(), self.b, IDENTITY)
@@ -547,7 +539,6 @@ class TestForeignTensors:
         assert torch.equal(solution.value, self.x)
         assert solution.residual.device.type == "cpu"
 
-    @pytest.mark.float64
     def test_a_subclass_is_left_to_torch(self):
         class Listening(Tensor):
             pass
@@ -556,7 +547,6 @@ class TestForeignTensors:
         assert isinstance(solve(f).value, Listening)
         assert torch.allclose(solve(f).value.as_subclass(Tensor), self.x)
 
-    @pytest.mark.float64
     def test_a_recorder_sees_what_is_done(self):
         recorded = make_fx(lambda b: solve(Equilibrium(self.A, b, IDENTITY)).value)(self.b)
         assert torch.allclose(recorded(self.b), self.x)
@@ -651,9 +641,9 @@ class TestRowScaling:
         plain = v[3:4].clone().requires_grad_()
         assert torch.allclose(gradient[3:4], torch.autograd.grad(plain * row_scale(plain, 0.5), plain, g[3:4])[0])
 
-    @pytest.mark.float64
     def test_second_derivatives(self):
-        assert gradgradcheck(RowScaling(kappa=0.5), torch.randn(4, 5).requires_grad_(), fast_mode=True)
+        raw = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        assert gradgradcheck(RowScaling(kappa=0.5), raw, fast_mode=True)
 
     def test_many_cotangents_and_dual_ones(self):
         raw = torch.randn(4, 5).requires_grad_()
@@ -717,7 +707,7 @@ class TestNorms:
         with torch.no_grad(), torch_alone():
             assert torch.equal(found.nan_to_num(), aitken._extrapolate(x, fx, before).nan_to_num())
 
-    @pytest.mark.float64
     def test_numbers_that_do_not_lie_together_are_left_to_torch(self):
-        assert loops.norms(strided(torch.ones(2, 3)), torch.ones(2, 3)) is None
-        assert loops.norms(torch.ones(2, 3), torch.ones(2, 3).float()) is None
+        ones = torch.ones(2, 3, dtype=torch.float64)
+        assert loops.norms(strided(ones), ones) is None
+        assert loops.norms(ones, ones.float()) is None

@@ -106,9 +106,8 @@ class TestSpectralNorm:
         slack = 1 + 10 * max(rows, columns) * torch.finfo(dtype).eps
         assert float(torch.linalg.matrix_norm(W.double(), 2)) <= 0.9 * slack
 
-    @pytest.mark.float64
     def test_gradients_of_kernels(self):
-        raw = torch.randn(2, 2, 3, 3, requires_grad=True)
+        raw = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
         for constraint in (SpectralNorm(kappa=0.9), SpectralNorm(kappa=0.9, size=(4, 5))):
             assert torch.autograd.gradcheck(constraint, raw, fast_mode=True)
 
@@ -128,10 +127,12 @@ class TestSpectralNorm:
 
 
 class TestWeightNorm:
-    @pytest.mark.float64
     @pytest.mark.parametrize("size", [0.05, 0.5, 15.6])
     def test_as_a_constraint(self, size):
-        check_constraint(WeightNorm(bound=2.0), (torch.randn(6, 4) * size, torch.randn(6, 1)))
+        check_constraint(
+            WeightNorm(bound=2.0),
+            (size * torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)),
+        )
 
     @pytest.mark.parametrize(
         ("kind", "sizes", "shape"), [(nn.Linear, (6, 4), (3, 6)), (nn.Conv2d, (6, 4, 3), (3, 6, 4, 4))]

@@ -144,14 +144,14 @@ def test_float32():
 # ---- refit
 
 
-@pytest.mark.float64
 @settings(max_examples=20, deadline=None)
 @given(seeds, sizes, sizes, layouts)
 def test_refitting_recovers_lost_weights_that_others_can_replace(seed, p, q, layout):
     # Inputs on a line: one weight a row can do the work of all of B's and D's.
     space = random_space(seed, p, q, kinds=(RELU, TANH), density=1.0)
     space = space.replace(A=torch.zeros_like(space.A), C=space.C)
-    u = torch.randn(40, 1, generator=torch.Generator().manual_seed(seed)) * torch.arange(1.0, p + 1)
+    g = torch.Generator().manual_seed(seed)
+    u = torch.randn(40, 1, generator=g, dtype=torch.float64) * torch.arange(1, p + 1)
     B, D = torch.zeros_like(space.B), torch.zeros_like(space.D)
     B[:, -1], D[:, -1] = 1e-3, 1e-3
     pruned = layout(space.replace(B=B, D=D))
@@ -256,9 +256,8 @@ def test_bad_arguments_are_worded(call, message):
         call(space, inputs(5, 3))
 
 
-@pytest.mark.float64
 def test_refit_takes_models_as_prune_does():
-    model, u = ImplicitModel(3, 2, 8), inputs(8, 3)
+    model, u = ImplicitModel(3, 2, 8, dtype=torch.float64), inputs(8, 3)
     pruned = prune(model, u, keep=0.5).space
     expected = refit(pruned, model.statespace().detach(), u)
     found = refit(ImplicitModel.from_statespace(pruned), model, u)

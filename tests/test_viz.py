@@ -335,7 +335,6 @@ def test_the_same_colours_everywhere():
     assert to_rgba(forward.get_color()) == to_rgba(training.get_color()) == to_rgba(BLUE)
 
 
-@pytest.mark.float64
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
