@@ -33,7 +33,7 @@ class Correction(Residual):
 
     def __call__(
         self, f: Map, x: Tensor, fx: Tensor, norms: Any, rtol: float, atol: float,
-        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False, leaps: bool = False,
         correction: Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
         dtype = fx.dtype

@@ -256,7 +256,17 @@ class _Working:
             norms = method.norms(x, fx, state)
         with without_grad():
             residual: np.ndarray = self.residual(
-                f, x, fx, norms, rtol, atol, before=self.last, exact=method.exact, probe=method.by_residual, **more
+                f,
+                x,
+                fx,
+                norms,
+                rtol,
+                atol,
+                before=self.last,
+                exact=method.exact,
+                probe=method.by_residual,
+                leaps=method.leaps,
+                **more,
             )
         if self.residual.probed is not None:
             self.before = self.before + self.residual.probed

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..equations.map import Map
 from ..kernels import loops as kernel
-from .indexing import on_host, select
+from .indexing import on_device, on_host, select
 
 # A step, or a residual, of fewer roundings of f(x) than this may be nothing but rounding.
 _HIDDEN = 4
+# Growth over the first step from which on hidden steps, and steps of any length, are not taken for the last ones.
+_FAR = 8
 # Norms from here on have squares that are neither zero nor without digits.
 _SMALLEST = {kind: torch.finfo(kind).tiny ** 0.5 / torch.finfo(kind).eps for kind in (torch.float32, torch.float64)}
 
@@ -28,11 +30,15 @@ class Residual:
     s and the change y of f(x) − x on it, a solution is about ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of
     the state's size.  The residual of a row that fails is this distance relative to the size, and 1 at most.
 
+    A method that extrapolates may leap to where rounding hides every step: in float64 x + 1 is x from 1e16 on.  Such a
+    row is evaluated once more, halfway to 0.  A map changes f(x) − x by about (1 − J)(x − x*) between the two points,
+    far more than rounding unless J is 1 along the way: a number that shows no change there walks, and is no solution.
+
     Arguments:
         first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
 
     Attributes:
-        probed: (batch,)  after a look, which rows one more evaluation was made for; None if there was none.
+        probed: (batch,)  after a look, how many more evaluations each row has had; None if there were none.
         vanishing: (parts, batch)  after a look, which parts have become so small that 0 may be the solution.
     """
 
@@ -58,7 +64,7 @@ class Residual:
 
     def __call__(
         self, f: Map, x: Tensor, fx: Tensor, norms: tuple[Tensor, Tensor] | None, rtol: float, atol: float,
-        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False,
+        before: tuple[Tensor, Tensor] | None = None, exact: bool = False, probe: bool = False, leaps: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """At x, with f(x), and ‖f(x) − x‖ and ‖f(x)‖ where somebody knows them.
 
@@ -67,8 +73,9 @@ class Residual:
             probe: evaluate f at f(x) too where a claim has to be judged; of a method that tries points, the evaluation
                 before may have been far away.
             exact: x was found without iteration, and its growth shows nothing.
+            leaps: the method may have gone in one step to where rounding hides the steps of f.
         """
-        dtype, floor, following = fx.dtype, atol / rtol, fx.detach()
+        dtype, floor, state, following = fx.dtype, atol / rtol, x.detach(), fx.detach()
         x, fx = measurable(f, x), measurable(f, fx)
         xs, values = parts_of(f, x), parts_of(f, fx)
         figures = [norms or self._norms(*pair) for pair in zip(xs, values, strict=True)]
@@ -88,6 +95,8 @@ class Residual:
             self._most = np.zeros_like(change) if self._first_step is None else self._first_step
             self._peak = self.first_size.copy()
             self._doubted = np.zeros(change.shape, dtype=bool)
+        if self._first_step is None:
+            self._first_step = np.where(change < np.inf, change, 0)
         finite = change < np.inf
         # Of a state so large that rounding hides its steps, their length says nothing.
         told = finite & (change > _HIDDEN * torch.finfo(dtype).eps * size)
@@ -97,17 +106,68 @@ class Residual:
         away = np.logical_or.reduce((size > 2 * self.first_size) & (change > 0.999 * self._most))
         self._away = away if self._away is None else np.where(finite.all(axis=0), away, self._away)
         self.probed = None
-        arrived: np.ndarray = (relative <= rtol) & (size > 2 * self.first_size)
+        arrived: np.ndarray = np.asarray(relative <= rtol) & (size > 2 * self.first_size)
         if arrived.any() and not exact:
-            beyond = None
-            if probe:
-                self.probed = arrived.any(axis=0)
+            hidden: np.ndarray = change <= _HIDDEN * torch.finfo(dtype).eps * (size + floor)
+            beyond, told = None, (arrived & ~hidden).any(axis=0)
+            if probe and told.any():  # of hidden steps it would tell nothing
+                self.probed = told.astype(np.int64)
                 with torch.no_grad():
                     beyond = measurable(f, f(following))
+            # Of a part, the evaluation before tells only where the other parts have not moved much: in small steps.
+            seen = None if probe and len(xs) > 1 else before
             for part, which in enumerate(arrived):
                 if which.any():
-                    self._doubt(f, part, which, xs, values, before, beyond, change, size, relative, rtol, floor, dtype)
+                    self._doubt(f, part, which, xs, values, seen, beyond, change, size, relative, rtol, floor, dtype)
+            if leaps:
+                far = arrived & (size > _FAR * self._first_step) & (hidden | (rtol**0.5 * size > self._first_step))
+                far &= relative <= rtol
+                if far.any():
+                    walks = self._walk(f, far.any(axis=0), state, xs, values, rtol, torch.finfo(dtype).eps)
+                    relative[far & walks] = 1.0
+                    self._doubted |= far & walks
+                    self._away |= walks
         return relative[0] if len(relative) == 1 else relative.max(axis=0)
+
+    def _walk(
+        self, f: Map, rows: np.ndarray, state: Tensor, xs: list[Tensor], values: list[Tensor], rtol: float, eps: float
+    ) -> np.ndarray:  # fmt: skip
+        """Which of the rows hold a number that f moves nowhere nearer to a solution, (batch,).
+
+        On the ray through x first, by whose change a solution must be near, as by that of a step.  A number that shows
+        no change may be a copy of another, which has moved with it, and f(x) − x of a rotation is orthogonal to x: for
+        what is in doubt then each number moves by a part of its own, the same in every solve.
+        """
+        assert self.first_size is not None, "seen by the caller"
+        suspected, walks = None, np.zeros_like(rows)
+        drawn = torch.rand(
+            state.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+        )
+        for share in (torch.full_like(drawn, 0.5), 0.25 + 0.5 * drawn):
+            moved = torch.where(on_device(rows[:, None], state), state * share.to(state), state)
+            with torch.no_grad():
+                beside = parts_of(f, measurable(f, f(moved)))
+            self.probed = rows if self.probed is None else self.probed + rows
+            still, distant = [], np.ones_like(rows)
+            for x, fx, x_beside, fx_beside, first in zip(
+                xs, values, parts_of(f, measurable(f, moved)), beside, self.first_size, strict=True
+            ):
+                r, least = fx - x, _HIDDEN * eps
+                bend = (fx_beside - x_beside) - r
+                size = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+                grown = x.abs() > 2 * on_device(first[:, None], x)
+                along = ((x / size) * bend).sum(dim=1, keepdim=True).abs() <= least * size
+                still.append(torch.cat((grown & (bend.abs() <= least * x.abs()), along & (size > 0)), dim=1))
+                left, step, change = (on_host(torch.linalg.vector_norm(t, dim=1)) for t in (r, x - x_beside, bend))
+                distant &= ~((left / on_host(size) + eps) * step <= rtol**0.5 * change)
+            marks = torch.cat(still, dim=1)
+            if suspected is not None:
+                return walks | (rows & (on_host((marks & suspected).any(dim=1)) > 0))
+            walks, suspected = rows & distant, marks
+            rows = rows & ~walks & (on_host(marks.any(dim=1)) > 0)
+            if not rows.any():
+                return walks
+        raise AssertionError("two evaluations tell")
 
     def _doubt(
         self, f: Map, part: int, which: np.ndarray, xs: list[Tensor], values: list[Tensor],
@@ -124,8 +184,7 @@ class Residual:
         # Within rounding steps say nothing: what was in doubt stays so, and others must have had longer ones.
         silent = np.ones_like(which[which])
         x, fx = select(xs[part], which), select(values[part], which)
-        # Of a part, the evaluation before tells only where the other parts have not moved much: in small steps.
-        if before is not None and (beyond is None or len(xs) == 1):
+        if before is not None:
             x_before, fx_before = (select(parts_of(f, measurable(f, t))[part], which) for t in before)
             step = on_host(torch.linalg.vector_norm(x - x_before, dim=1))
             bend = on_host(torch.linalg.vector_norm((fx - x) - (fx_before - x_before), dim=1))
@@ -162,9 +221,9 @@ class Residual:
 
     def take(self, live: np.ndarray) -> None:
         """Go on with some of the rows."""
-        self.first_size, self._most, self._peak, self._away, self._doubted = (
+        self.first_size, self._first_step, self._most, self._peak, self._away, self._doubted = (
             None if figures is None else figures[..., live]
-            for figures in (self.first_size, self._most, self._peak, self._away, self._doubted)
+            for figures in (self.first_size, self._first_step, self._most, self._peak, self._away, self._doubted)
         )
 
     def _norms(self, x: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:

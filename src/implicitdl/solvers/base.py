@@ -58,6 +58,8 @@ class Solver(ABC):
     exact: ClassVar[bool] = False
     #: Whether its steps are made of residuals, which a root problem gives in place of f(x).
     by_residual: ClassVar[bool] = False
+    #: Whether a step may go many times as far as f does.
+    leaps: ClassVar[bool] = True
 
     def serves(self, f: Map) -> bool:
         """Whether f declares the structure that this solver needs."""

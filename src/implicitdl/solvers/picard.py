@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Picard(Solver):
     """
 
     damping: float = 1.0
+
+    leaps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
