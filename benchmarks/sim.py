@@ -60,8 +60,8 @@ class Half:
     bound: Tensor
 
     def objectives(self, w: Tensor, rows: Tensor) -> Tensor:
-        problem = self.problem.take(rows)
-        return problem.objective(w, problem.look(w).square)
+        problem = self.problem[rows]
+        return problem.objective(w, problem.residual(w).square)
 
     def gap(self, objective: Tensor, rows: Tensor) -> float:
         """The worst."""
@@ -78,7 +78,7 @@ def run(samples: int = SAMPLES, epochs: int = 5, rounds: int = 5, theirs: int = 
     hidden = RowProblem(X=X, U=U, T=Z, lam=LAMBDA, kappa=KAPPA)
     halves = [
         Half(problem, report.objective, report.objective - report.gap)
-        for problem, report in ((hidden, found.hidden), (hidden.other(Y, kappa=math.inf), found.output))
+        for problem, report in ((hidden, found.hidden), (hidden.replace(T=Y, kappa=math.inf), found.output))
     ]
     count = len(Z) + len(Y)
     print(f"\nState matching on the tutorial's problem, {samples:,} samples, {count} rows, κ = {KAPPA}, λ = {LAMBDA:g}")
@@ -121,10 +121,10 @@ def _clarabel(halves: list[Half], count: int, row: Callable[..., None]) -> list[
     lines, seconds, gaps, norms = [], 0.0, [], []
     plain, exact = (CVXSolver(lambda_z=LAMBDA, lambda_y=LAMBDA, **settings) for settings in ({}, EXACT))
     for name, half, chosen in zip(("A, B", "C, D"), halves, (HIDDEN, OUTPUT), strict=True):
-        half.problem.faces  # noqa: B018  our certificate needs it, and Clarabel's time does not
+        half.problem.systems  # noqa: B018  our certificate needs it, and Clarabel's time does not
         for index in chosen:
             rows = torch.tensor([index])
-            problem = half.problem.take(rows)
+            problem = half.problem[rows]
             start = time.perf_counter()
             w = plain.solve_rows(problem).w
             seconds += time.perf_counter() - start

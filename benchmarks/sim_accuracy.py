@@ -26,8 +26,7 @@ from implicitdl import ImplicitModel, StateSpace, prune, viz
 from implicitdl.activations import RELU
 from implicitdl.constraints import Unconstrained
 from implicitdl.data import load
-from implicitdl.sim import SIM, score
-from implicitdl.sim.solution import SIMWarning
+from implicitdl.sim import SIM, SIMWarning, score
 from implicitdl.sim.solvers import ADMMSolver, BaseSolver, CVXSolver
 from implicitdl.statespace import magnitude, refit, sensitivity
 from implicitdl.statespace.prune import Scores

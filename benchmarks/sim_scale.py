@@ -20,7 +20,7 @@ import torch
 from timing import header
 from torch import Tensor
 
-from implicitdl.sim.solution import SIMWarning
+from implicitdl.sim import SIMWarning
 from implicitdl.sim.solvers import ADMMSolver
 
 SIZES = ((500, 768, 5_000), (1_000, 1_536, 10_000), (2_000, 3_072, 20_000))

@@ -20,8 +20,7 @@ from implicitdl import (
     train,
 )
 from implicitdl._internal.errors import shown
-from implicitdl.sim import score
-from implicitdl.sim.solution import SIMWarning
+from implicitdl.sim import SIMWarning, score
 from implicitdl.sim.solvers import ADMMSolver
 
 U = torch.tensor([[2.0], [0.5], [-0.5], [-3.0]], dtype=torch.float64)

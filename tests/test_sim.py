@@ -19,8 +19,7 @@ from implicitdl.activations import BUILTIN
 from implicitdl.certify import well_posed
 from implicitdl.constraints import LowRank, RowScaling, Unconstrained, WeightedRowScaling
 from implicitdl.data import import_torchvision, load
-from implicitdl.sim import SIM, get_states, score
-from implicitdl.sim.solution import SIMWarning
+from implicitdl.sim import SIM, SIMWarning, get_states, score
 from implicitdl.sim.solvers import ADMMSolver, BaseSolver, CVXSolver, LeastSquareSolver, ProjectedGDLowRankSolver
 from implicitdl.solution import ImplicitFunctionWarning
 from standins import bytes_of, write_idx
@@ -193,7 +192,7 @@ class TestReport:
         assert re.search(r"rows converged: 21 of 21, worst relative gap \d\.\de-\d+", words)
         assert re.search(r"states: 18 of 300 samples, in units of 1 to \d", words)
 
-    @pytest.mark.filterwarnings("ignore::implicitdl.sim.solution.SIMWarning")  # nothing bounds A
+    @pytest.mark.filterwarnings("ignore::implicitdl.sim.SIMWarning")  # nothing bounds A
     def test_a_gap_of_rounding_alone_is_none(self):
         """A teacher that least squares matches to the last digit: the gap is the objective, and both are rounding."""
         report = SIM(dtype=torch.float64).train(LeastSquareSolver(), mlp(nn.ReLU), [torch.randn(300, 6)])
@@ -492,7 +491,7 @@ class TestSeed:
 
     pytestmark = pytest.mark.usefixtures("float32")
 
-    @pytest.mark.filterwarnings("ignore::implicitdl.sim.solution.SIMWarning")  # an interior point is not that close
+    @pytest.mark.filterwarnings("ignore::implicitdl.sim.SIMWarning")  # an interior point is not that close
     def test_1c_on_200_samples(self, capsys):
         data = load("digits", 128)
         model = nn.Sequential(
@@ -516,7 +515,7 @@ class TestSeed:
         assert capsys.readouterr().out == ""
 
     @pytest.mark.long
-    @pytest.mark.filterwarnings("ignore::implicitdl.sim.solution.SIMWarning")
+    @pytest.mark.filterwarnings("ignore::implicitdl.sim.SIMWarning")
     def test_1c_as_it_stands(self, tmp_path, monkeypatch, capsys):
         if not SEEDS.is_dir():
             pytest.skip("../shared/seeds is not there; test_1c_on_200_samples runs the same code")

@@ -16,10 +16,10 @@ from implicitdl import ArgumentError
 from implicitdl.activations import TANH
 from implicitdl.equations.equilibrium import Equilibrium
 from implicitdl.fixed_point import fixed_point
-from implicitdl.sim import face
-from implicitdl.sim.certificate import cast_inside, certify
+from implicitdl.sim import SIMWarning
+from implicitdl.sim import problem as sim_problem
+from implicitdl.sim.certificate import cast_inside, dual_gap
 from implicitdl.sim.problem import RowProblem
-from implicitdl.sim.solution import SIMWarning
 from implicitdl.sim.solvers import (
     ADMMMultiGPUSolver,
     ADMMSolver,
@@ -30,7 +30,7 @@ from implicitdl.sim.solvers import (
     ProjectedGDLowRankSolver,
     distributed,
 )
-from implicitdl.sim.solvers.base import warn_unbounded
+from implicitdl.sim.solvers.base_solver import warn_unbounded
 from implicitdl.sim.solvers.distributed import in_batches, same_states
 
 INF = math.inf
@@ -116,7 +116,7 @@ def test_the_gap_bounds_the_distance_from_the_optimum_of_any_feasible_row(case):
     for size in (1e-6, 1e-3, 1.0):
         w = best.w + size * torch.randn(task.shape)
         w[:, : task.n] = cast_inside(w[:, : task.n], w.dtype, task.kappa)
-        report, _ = certify(task, w, tol=0.0)
+        report, _ = dual_gap(task, w, tol=0.0)
         excess = report.objective - best.report.objective
         assert (report.gap >= excess - best.report.gap - 1e-12 * report.objective).all()
         assert (report.gap <= report.objective).all()
@@ -164,18 +164,18 @@ def test_exact_duplicates_and_zeros_in_the_data():
 
 def test_no_target_and_a_penalty_above_the_largest_give_zero():
     task = problem()
-    assert not ADMMSolver().solve_rows(task.other(torch.zeros_like(task.T))).w.any()
+    assert not ADMMSolver().solve_rows(task.replace(T=torch.zeros_like(task.T))).w.any()
     largest = float(task.lambda_max().max())
-    above = ADMMSolver().solve_rows(task.other(lam=largest * 1.001))
+    above = ADMMSolver().solve_rows(task.replace(lam=largest * 1.001))
     assert not above.w.any()
     assert (above.report.gap == 0).all()
-    assert ADMMSolver().solve_rows(task.other(lam=largest * 0.999)).w.any()
+    assert ADMMSolver().solve_rows(task.replace(lam=largest * 0.999)).w.any()
 
 
 def test_a_batch_is_its_rows():
     task = problem(rows=7)
     together = ADMMSolver(tol=1e-12).solve_rows(task)
-    alone = [ADMMSolver(tol=1e-12).solve_rows(task.take(torch.tensor([row]))).w for row in range(7)]
+    alone = [ADMMSolver(tol=1e-12).solve_rows(task[torch.tensor([row])]).w for row in range(7)]
     torch.testing.assert_close(torch.cat(alone), together.w, rtol=1e-9, atol=1e-9)
     X, U, Z, Y = states()
     whole = ADMMSolver(lambda_z=1e-3, lambda_y=1e-3).fit(X, U, Z, Y)
@@ -188,7 +188,7 @@ def test_more_samples_than_a_chunk_are_passed_over_in_chunks(monkeypatch):
     task = problem()
     whole = ADMMSolver(tol=1e-12).solve_rows(task)
     monkeypatch.setattr("implicitdl.sim.problem._CHUNK", 7)
-    chunked = ADMMSolver(tol=1e-12).solve_rows(task.other(task.T.clone()).take(torch.arange(5)))
+    chunked = ADMMSolver(tol=1e-12).solve_rows(task.replace(T=task.T.clone())[torch.arange(5)])
     fresh = ADMMSolver(tol=1e-12).solve_rows(problem())
     for other in (chunked, fresh):
         torch.testing.assert_close(other.w, whole.w, rtol=1e-8, atol=1e-9)
@@ -209,7 +209,7 @@ def test_warm_starts_end_where_cold_ones_do():
     task = problem(lam=1.0)
     lambdas = [10.0, 3.0, 1.0, 0.1, 1e-3, 1e-6, 2.0]
     for lam, warm in zip(lambdas, ADMMSolver(tol=1e-10).path(task, lambdas), strict=True):
-        cold = ADMMSolver(tol=1e-10).solve_rows(task.other(lam=lam))
+        cold = ADMMSolver(tol=1e-10).solve_rows(task.replace(lam=lam))
         assert warm.report.converged.all()
         torch.testing.assert_close(warm.report.objective, cold.report.objective, rtol=1e-9, atol=1e-12)
 
@@ -240,7 +240,7 @@ def test_properties(n, p, m, seed, lam, kappa, ridge, spread):
     assert (found.a.abs().sum(dim=1) <= kappa).all()
     other = torch.randn(task.shape) * found.w.abs().amax()
     other[:, :n] = cast_inside(other[:, :n], other.dtype, kappa)
-    report, _ = certify(task, other, tol=0.0)
+    report, _ = dual_gap(task, other, tol=0.0)
     assert (report.gap >= 0).all()
     # Nothing feasible is better than what was found, by more than its gap.
     assert (report.objective >= found.report.objective - found.report.gap - 1e-12).all()
@@ -296,7 +296,7 @@ def test_exact_matching():
     torch.testing.assert_close(task.predicted(found.w), task.T, rtol=0, atol=1e-6)
     assert found.report.converged.all()
     assert (found.a.abs().sum(dim=1) <= 0.9).all()
-    limit = ADMMSolver().solve_rows(task.other(lam=1e-8)).w.abs().sum(dim=1)
+    limit = ADMMSolver().solve_rows(task.replace(lam=1e-8)).w.abs().sum(dim=1)
     torch.testing.assert_close(found.report.objective, limit, rtol=1e-5, atol=0)
 
 
@@ -574,7 +574,7 @@ def test_states_that_differ_between_processes_are_named(monkeypatch):
 def test_systems_are_solved_alike_alone_and_together(monkeypatch):
     task = problem(n=20, p=30, m=200, rows=9, lam=0.3)
     together = ADMMSolver().solve_rows(task)
-    monkeypatch.setattr(face, "_ENTRIES_CPU", 1)
+    monkeypatch.setattr(sim_problem, "_ENTRIES_CPU", 1)
     torch.testing.assert_close(ADMMSolver().solve_rows(task).w, together.w)
 
 

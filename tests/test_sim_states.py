@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from implicitdl import ArgumentError, ImplicitModel
 from implicitdl._internal.store import CheckpointError
 from implicitdl.sim import get_states, load_states
-from implicitdl.sim.rescale import teacher_weights
+from implicitdl.sim.matching import teacher_weights
 from implicitdl.statespace import perron_weights
 
 

@@ -1,10 +1,10 @@
 """State-driven implicit models: an implicit model from a teacher's states, by convex optimisation."""
 
+from .matching import SIMReport
 from .path import PathPoint
-from .report import SIMReport
 from .score import score
-from .sim import SIM
-from .states import get_states
-from .storage import Layer, States, load_states
+from .solvers.base_solver import SIMWarning
+from .state_driven import SIM
+from .states import Layer, States, get_states, load_states
 
-__all__ = ["SIM", "Layer", "PathPoint", "SIMReport", "States", "get_states", "load_states", "score"]
+__all__ = ["SIM", "Layer", "PathPoint", "SIMReport", "SIMWarning", "States", "get_states", "load_states", "score"]

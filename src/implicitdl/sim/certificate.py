@@ -1,15 +1,15 @@
-"""How far a row is from its optimum: a feasible dual point made from its residual."""
+"""What is known of the rows that were found: how far each is from its optimum, by a dual point of its residual."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .face import Rows, newton
-from .problem import Look, RowProblem
-from .solution import RowReport
+from .active_set import ActiveSets, newton
+from .problem import ResidualStats, RowProblem, RowRecord
 
 # Corrections of the dual point: the first takes out what a nearly singular system left, the second its own rounding.
 _CORRECTIONS = 2
@@ -17,8 +17,49 @@ _CORRECTIONS = 2
 _ROUNDING = 1e-10
 
 
-def certify(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) -> tuple[RowReport, Tensor]:
-    """The report of w, and g = Φθ: minus the gradient of the smooth part there.
+@dataclass(frozen=True)
+class RowReport(RowRecord):
+    """How well each row was solved; every field is (rows,).
+
+    Attributes:
+        objective: the objective at the row returned, from the data.
+        gap: objective minus the value of a feasible dual point, ≥ 0: the row is within it of the optimum.
+            Infinite where no bound is known.
+        norm: ‖a‖₁.
+        support: nonzeros of (a, b).
+        rounding: what rounding alone can make of the gap, where the residual is nothing else.
+        converged: whether gap ≤ tol · objective + rounding, which is relative_gap ≤ tol.
+    """
+
+    objective: Tensor
+    gap: Tensor
+    norm: Tensor
+    support: Tensor
+    rounding: Tensor
+    converged: Tensor
+
+    @property
+    def relative_gap(self) -> Tensor:
+        """(gap − rounding)₊ / objective; 0 where the gap is rounding alone, and infinite where it is."""
+        above = (self.gap - self.rounding).clamp(min=0)
+        return torch.where((above > 0) & above.isfinite(), above / self.objective, above)
+
+
+@dataclass(frozen=True)
+class RowSolution(RowRecord):
+    """w = (a, b) of every row, (rows, n) and (rows, p), and its report."""
+
+    a: Tensor
+    b: Tensor
+    report: RowReport
+
+    @property
+    def w(self) -> Tensor:
+        return torch.cat([self.a, self.b], dim=1)
+
+
+def dual_gap(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) -> tuple[RowReport, Tensor]:
+    """The report of w with its duality gap, and g = Φθ: minus the gradient of the smooth part there.
 
     Every θ with ‖Uθ‖∞ ≤ λ bounds the optimum from below by
 
@@ -44,15 +85,15 @@ def certify(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) ->
 
     Source: Fenchel duality; κ(‖·‖∞ − λ)₊ is the conjugate of λ‖·‖₁ on the ball of radius κ.
     """
-    look = problem.look(w)
-    objective = problem.objective(w, look.square)
-    bound = _dual(problem, look, w)
+    stats = problem.residual(w)
+    objective = problem.objective(w, stats.square)
     # A residual of rounding errors alone, which add up like a random walk: no row comes closer to t.
     size = problem.target_square + problem.gram.trace() * (w * w).sum(dim=1)
     floor = 0.5 * torch.finfo(w.dtype).eps ** 2 * max(problem.T.shape[1], w.shape[1]) * size
+    bound = _dual(problem, stats, w)
     open_ = torch.nonzero(objective - bound > tol * objective + floor)[:, 0]
     if move and len(open_) > 0:
-        bound[open_] = torch.maximum(bound[open_], _corrected(problem.take(open_), w[open_], look.take(open_)))
+        bound[open_] = torch.maximum(bound[open_], _corrected(problem[open_], w[open_], stats[open_]))
     gap = (objective - bound).clamp(min=0)
     report = RowReport(
         objective=objective,
@@ -62,49 +103,49 @@ def certify(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) ->
         rounding=floor,
         converged=gap <= tol * objective + floor,
     )
-    return report, look.gradient
+    return report, stats.gradient
 
 
-def _corrected(problem: RowProblem, w: Tensor, look: Look) -> Tensor:
+def _corrected(problem: RowProblem, w: Tensor, stats: ResidualStats) -> Tensor:
     """The dual value of θ after Newton steps on the face of w and of what violates its bound, made in θ alone."""
-    rows = Rows.at(w, look.gradient, problem.n, problem.kappa)
-    _, tau = newton(problem.faces, rows, problem.n, problem.lam)
+    rows = ActiveSets.at(problem, w, stats.gradient)
+    _, tau = newton(problem, rows)
     bound = torch.full_like(w, problem.lam)
     bound[:, : problem.n] += tau.clamp(min=0).unsqueeze(1)
-    rows.sign = torch.where((w == 0) & (look.gradient.abs() > bound), look.gradient.sign(), rows.sign)
+    rows.sign = torch.where((w == 0) & (stats.gradient.abs() > bound), stats.gradient.sign(), rows.sign)
     correction = torch.zeros_like(w)
     for _ in range(_CORRECTIONS):
-        correction += newton(problem.faces, rows, problem.n, problem.lam)[0]
-        look = problem.look(w, correction)
-        rows.g = look.gradient
-    return _dual(problem, look, w)
+        correction += newton(problem, rows)[0]
+        stats = problem.residual(w, correction)
+        rows.g = stats.gradient
+    return _dual(problem, stats, w)
 
 
-def _dual(problem: RowProblem, look: Look, w: Tensor) -> Tensor:
+def _dual(problem: RowProblem, stats: ResidualStats, w: Tensor) -> Tensor:
     """The largest value of the dual among the feasible multiples s of θ, 0 at least."""
     lam, kappa = problem.lam, problem.kappa
-    size = look.gradient.abs()
+    size = stats.gradient.abs()
     first = problem.n if kappa < math.inf else 0
     free = size[:, first:]
-    charge = torch.zeros_like(look.square)
+    charge = torch.zeros_like(stats.square)
     if lam > 0:
-        largest = lam / free.amax(dim=1) if free.shape[1] else torch.full_like(look.square, math.inf)
+        largest = lam / free.amax(dim=1) if free.shape[1] else torch.full_like(stats.square, math.inf)
     else:
         # Uθ = 0 up to rounding, and the rounding is charged at the size of its entry.
-        level = _ROUNDING * problem.gram.diagonal().sqrt()[first:] * look.square.sqrt().unsqueeze(1)
-        largest = (free <= level).all(dim=1).to(look.square.dtype)
+        level = _ROUNDING * problem.gram.diagonal().sqrt()[first:] * stats.square.sqrt().unsqueeze(1)
+        largest = (free <= level).all(dim=1).to(stats.square.dtype)
         charge = (free * w[:, first:].abs()).sum(dim=1)
-    s = look.product / look.square
+    s = stats.product / stats.square
     alpha = torch.zeros_like(s)
     if kappa < math.inf:
         # Concave in s with a kink at sα = λ: the maximum of one side, of the other, or the kink.
         alpha = size[:, : problem.n].amax(dim=1)
-        inside, beyond = s * alpha <= lam, (s - kappa * alpha / look.square) * alpha >= lam
-        s = torch.where(inside, s, torch.where(beyond, s - kappa * alpha / look.square, lam / alpha))
+        inside, beyond = s * alpha <= lam, (s - kappa * alpha / stats.square) * alpha >= lam
+        s = torch.where(inside, s, torch.where(beyond, s - kappa * alpha / stats.square, lam / alpha))
     # A θ of 0 has no best multiple.
     s = torch.minimum(s, largest).clamp(min=0).nan_to_num(0.0, posinf=0.0)
     beyond_ball = (s * alpha - lam).clamp(min=0) * kappa if kappa < math.inf else 0.0
-    return (s * look.product - 0.5 * s * s * look.square - beyond_ball - charge).clamp(min=0)
+    return (s * stats.product - 0.5 * s * s * stats.square - beyond_ball - charge).clamp(min=0)
 
 
 def cast_inside(A: Tensor, dtype: torch.dtype, radius: float) -> Tensor:

@@ -9,11 +9,10 @@ from typing import TypeVar
 
 from .._internal.errors import wrong
 from ..nn import ImplicitModel
-from .matching import Matching, Progress
+from .matching import SIMReport, StateMatching
 from .problem import RowProblem
-from .report import SIMReport, report_of
-from .solution import SIMSolution
 from .solvers import BaseSolver, PenalisedSolver
+from .solvers.base_solver import Progress, SIMSolution
 
 T = TypeVar("T")
 
@@ -39,34 +38,34 @@ class PathPoint:
 
 
 def by_penalty(
-    matching: Matching, solver: BaseSolver, lambdas: Sequence[float], refit: bool, moved: Progress | None
+    matching: StateMatching, solver: BaseSolver, lambdas: Sequence[float], refit: bool, on_progress: Progress | None
 ) -> list[PathPoint]:
     """A point for each λ_z, in the order given; solved from the largest, which is the sparsest, down."""
     walk = _Walk(matching, solver, refit)
-    points = {value: walk.at(value) for value in _counted(sorted(set(lambdas), reverse=True), moved)}
+    points = {value: walk.at(value) for value in _counted(sorted(set(lambdas), reverse=True), on_progress)}
     return [points[value] for value in lambdas]
 
 
 def by_count(
-    matching: Matching, solver: BaseSolver, nonzeros: Sequence[int], refit: bool, moved: Progress | None
+    matching: StateMatching, solver: BaseSolver, nonzeros: Sequence[int], refit: bool, on_progress: Progress | None
 ) -> list[PathPoint]:
     """For each count the densest model found that has at most so many nonzeros, by bisection in log λ."""
     walk = _Walk(matching, solver, refit)
-    points = {value: walk.below(value) for value in _counted(sorted(set(nonzeros)), moved)}
+    points = {value: walk.below(value) for value in _counted(sorted(set(nonzeros)), on_progress)}
     return [points[value] for value in nonzeros]
 
 
-def _counted(values: list[T], moved: Progress | None) -> Iterator[T]:
+def _counted(values: list[T], on_progress: Progress | None) -> Iterator[T]:
     for done, value in enumerate(values):
         yield value
-        if moved is not None:
-            moved(done + 1, len(values))
+        if on_progress is not None:
+            on_progress(done + 1, len(values))
 
 
 class _Walk:
     """Solves at one λ after another; remembers where it has been."""
 
-    def __init__(self, matching: Matching, solver: BaseSolver, refit: bool) -> None:
+    def __init__(self, matching: StateMatching, solver: BaseSolver, refit: bool) -> None:
         if not isinstance(solver, PenalisedSolver):
             raise wrong("SIM.path", "a solver with lambda_z and lambda_y", type(solver).__name__, "Use ADMMSolver().")
         self._matching, self._solver, self._refit = matching, solver, refit
@@ -78,8 +77,7 @@ class _Walk:
         solver = replace(self._solver, lambda_z=value, lambda_y=value * self._ratio)
         self._last = self._matching.fit(solver, self._last)
         found = self._matching.refitted(self._last) if self._refit else self._last
-        model = self._matching.model(found)
-        point = PathPoint(value, value * self._ratio, model, report_of(self._matching, found, model))
+        point = PathPoint(value, value * self._ratio, *self._matching.model(found))
         self._points.append(point)
         return point
 

@@ -1,13 +1,12 @@
 """Solvers of state matching: each a frozen dataclass of its settings with `solve`, and `fit` with a report per row."""
 
 from .admm import ADMMSolver
-from .base import BaseSolver, ModelConfig
+from .base_solver import BaseSolver, ModelConfig, PenalisedSolver, RowSolver
 from .cvx import CVXSolver
 from .leastsquares import LeastSquareSolver
 from .lowrank import ProjectedGDLowRankSolver
 from .multigpu import ADMMMultiGPUSolver
 from .onesided import OneSidedSolver
-from .rows import PenalisedSolver, RowSolver
 
 __all__ = [
     "ADMMMultiGPUSolver",

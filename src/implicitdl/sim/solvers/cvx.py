@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..._internal.errors import extra, non_negative, positive_int, settle, wrong
-from ..certificate import cast_inside, certify
+from ..certificate import RowReport, RowSolution, cast_inside, dual_gap
 from ..problem import RowProblem
-from ..solution import RowReport, RowSolution, SIMWarning
-from .rows import PenalisedSolver
+from .base_solver import PenalisedSolver, SIMWarning
 
 _SOLVED = ("optimal", "optimal_inaccurate")
 
@@ -88,7 +87,7 @@ class CVXSolver(PenalisedSolver):
     def solve_rows(self, problem: RowProblem, start: RowSolution | None = None) -> RowSolution:
         groups = torch.arange(problem.shape[0], device=problem.T.device).split(self.num_row)
         with ThreadPoolExecutor(self.num_processes) as pool:
-            found = list(pool.map(lambda rows: self._group(problem.take(rows)), groups))
+            found = list(pool.map(lambda rows: self._group(problem[rows]), groups))
         w, theta = (torch.cat([getattr(part, name) for part in found]) for name in ("w", "theta"))
         if failed := [part.status for part in found if part.status != "optimal"]:
             warnings.warn(
@@ -97,7 +96,7 @@ class CVXSolver(PenalisedSolver):
                 SIMWarning,
                 stacklevel=5,
             )
-        report = certify(problem, w, self.tol)[0] if self.regularized else _matched(problem, w, theta, self.tol)
+        report = dual_gap(problem, w, self.tol)[0] if self.regularized else _matched(problem, w, theta, self.tol)
         return RowSolution(w[:, : problem.n], w[:, problem.n :], report)
 
     def _group(self, problem: RowProblem) -> _Found:

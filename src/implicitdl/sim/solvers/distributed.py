@@ -7,15 +7,15 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..._internal.errors import wrong
+from ..certificate import RowReport, RowSolution
 from ..problem import RowProblem
-from ..solution import RowReport, RowSolution
 
 # One process makes as many batches as two, so that both find the same, digit for digit: on nearly rank-deficient data
 # rounding, which depends on the batch, decides when a row stops.
@@ -24,8 +24,6 @@ _LEAST = 2
 _ROUNDING = 1e-10
 
 SolveRows = Callable[[RowProblem, RowSolution | None], RowSolution]
-# The solution of all rows, in every process; waits for the others where there are any.
-Collect = Callable[[], RowSolution]
 
 
 def join(device: torch.device) -> None:
@@ -65,9 +63,37 @@ def _digest(matrix: Tensor) -> Tensor:
     return torch.stack([size, weights @ sums, *size.new_tensor([rows, samples])])
 
 
+class Future:
+    """The solution of all rows, in every process.
+
+    Arguments:
+        packed: (rows, n + p + fields of the report), in every process.
+        n: states, the entries of a.
+        sum_: the sum of `packed` over the processes that is under way; None where it is made.
+    """
+
+    def __init__(self, packed: Tensor, n: int, sum_: Any = None) -> None:
+        self._packed, self._n, self._sum = packed, n, sum_
+
+    @classmethod
+    def of(cls, found: RowSolution) -> Future:
+        """A solution that every process has already."""
+        return cls(_pack(found), found.a.shape[1])
+
+    def result(self) -> RowSolution:
+        """The solution; waits for the other processes where there are any."""
+        if self._sum is not None:
+            self._sum.wait()
+            self._sum = None
+        width = self._packed.shape[1] - len(fields(RowReport))
+        objective, gap, norm, support, rounding, converged = self._packed[:, width:].unbind(dim=1)
+        report = RowReport(objective, gap, norm, support.long(), rounding, converged.bool())
+        return RowSolution(self._packed[:, : self._n], self._packed[:, self._n : width], report)
+
+
 def in_batches(
-    solve: SolveRows, problem: RowProblem, start: RowSolution | None, size: int, moved: Callable[[int], None]
-) -> Collect:
+    solve: SolveRows, problem: RowProblem, start: RowSolution | None, size: int, on_progress: Callable[[int], None]
+) -> Future:
     """Solve the rows in batches of at most so many, this process its share of the batches.
 
     Rows are dealt to the batches in turn: neighbours belong to one layer of the teacher and are about equally hard.
@@ -79,32 +105,21 @@ def in_batches(
         problem: all rows; every process has them, and all samples.
         start: of all rows, or None.
         size: most rows of a batch.
-        moved: told how many more rows are done, by all processes together.
-
-    Returns:
-        What gives the solution of all rows.
+        on_progress: told how many more rows are done, by all processes together.
     """
-    rows = problem.shape[0]
     rank, world = _place()
+    rows, width = problem.shape
     count = min(rows, max(world, _LEAST, -(-rows // size)))
     if world > 1:
         problem.gram_of_all(rank, world, dist.all_reduce)
-    problem.faces  # noqa: B018  made once here, and kept by every batch
-    packed = torch.zeros(rows, problem.shape[1] + len(fields(RowReport)), dtype=torch.float64, device=problem.T.device)
-    deals = [torch.arange(k, rows, count, device=packed.device) for k in range(count)]
-    for deal in deals[rank::world]:
-        packed[deal] = _pack(solve(problem.take(deal), None if start is None else start.take(deal)))
-        moved(len(deal) * world)
+    problem.systems  # noqa: B018  made once here, and kept by every batch
+    packed = torch.zeros(rows, width + len(fields(RowReport)), dtype=torch.float64, device=problem.T.device)
+    for first in range(rank, count, world):
+        batch = torch.arange(first, rows, count, device=packed.device)
+        packed[batch] = _pack(solve(problem[batch], None if start is None else start[batch]))
+        on_progress(len(batch) * world)
     # Every row is zero in all processes but one.
-    sum_ = dist.all_reduce(packed, async_op=True) if world > 1 else None
-
-    @cache
-    def collect() -> RowSolution:
-        if sum_ is not None:
-            sum_.wait()
-        return _unpack(packed, problem.n)
-
-    return collect
+    return Future(packed, problem.n, dist.all_reduce(packed, async_op=True) if world > 1 else None)
 
 
 def _place() -> tuple[int, int]:
@@ -119,10 +134,3 @@ def _joined() -> bool:
 def _pack(solution: RowSolution) -> Tensor:
     report = [getattr(solution.report, field.name).double() for field in fields(RowReport)]
     return torch.cat([solution.a, solution.b, torch.stack(report, dim=1)], dim=1)
-
-
-def _unpack(packed: Tensor, n: int) -> RowSolution:
-    width = packed.shape[1] - len(fields(RowReport))
-    objective, gap, norm, support, rounding, converged = packed[:, width:].unbind(dim=1)
-    report = RowReport(objective, gap, norm, support.long(), rounding, converged.bool())
-    return RowSolution(packed[:, :n], packed[:, n:width], report)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..certificate import certify
+from ..certificate import RowSolution, dual_gap
 from ..problem import RowProblem
-from ..solution import RowSolution
-from .rows import RowSolver
+from .base_solver import RowSolver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +41,5 @@ class LeastSquareSolver(RowSolver):
         data = torch.cat([problem.X, problem.U]).t().double().cpu()
         # The driver that finds the solution of smallest norm, for data of any rank, is on the CPU.
         w = torch.linalg.lstsq(data, problem.T.t().double().cpu(), driver="gelsd").solution.t().to(problem.T.device)
-        report, _ = certify(problem, w, self.tol)
+        report, _ = dual_gap(problem, w, self.tol)
         return RowSolution(w[:, : problem.n], w[:, problem.n :], report)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._internal.errors import non_negative, positive, positive_int, settle, wrong
 from ...constraints import RowScaling
-from ..certificate import cast_inside, certify
-from ..face import Faces
-from ..problem import RowProblem
-from ..solution import RowSolution, SIMSolution
-from .base import ModelConfig, Progress, without_gap
-from .distributed import Collect
-from .elimination import Elimination
-from .rows import RowSolver
+from ..certificate import RowSolution, cast_inside, dual_gap
+from ..problem import ActiveSetSystems, RowProblem
+from .admm import Elimination
+from .base_solver import Matrices, ModelConfig, RowSolver, SIMSolution, without_gap
+from .distributed import Future
 
 # Descent has ended when this many epochs lower the objective by less than the share tol.
 _PATIENCE = 100
@@ -66,49 +64,43 @@ class ProjectedGDLowRankSolver(RowSolver):
     def penalties(self) -> tuple[tuple[float, float], tuple[float, float]]:
         return (0.0, self.lambda_z), (0.0, self.lambda_y)
 
-    def fit(
-        self,
-        X: Tensor,
-        U: Tensor,
-        Z: Tensor,
-        Y: Tensor,
-        model_config: ModelConfig | None = None,
-        *,
-        intercept: bool = False,
-        start: SIMSolution | None = None,
-        progress: Progress | None = None,
-    ) -> SIMSolution:
-        rank = self._rank(len(X))
-        found = super().fit(X, U, Z, Y, model_config, intercept=intercept, start=start, progress=progress)
+    def fit(self, *states: Any, **options: Any) -> SIMSolution:
+        found = super().fit(*states, **options)
+        rank = self._rank(len(found.A))
         left, values, right = torch.linalg.svd(found.A)
         root = values[:rank].sqrt()
         return replace(found, factors=(left[:, :rank] * root, right[:rank].t() * root))
+
+    def _check(self, states: Matrices, model_config: Any, intercept: bool) -> ModelConfig:
+        config = super()._check(states, model_config, intercept)
+        self._rank(len(states[0]))
+        return config
 
     def _rank(self, n: int) -> int:
         if self.rank is not None and self.rank > n:
             raise wrong("ProjectedGDLowRankSolver", f"rank ≤ n={n}", self.rank)
         return self.rank or n
 
-    def _hidden(self, problem: RowProblem, start: RowSolution | None, moved: Callable[[int], None]) -> Collect:
+    def _hidden(self, problem: RowProblem, start: RowSolution | None, on_progress: Callable[[int], None]) -> Future:
         # R is shared by all rows, so there are no batches, and every process solves the same.
         left = Elimination(problem)
         q = left.q(problem.correlation)
         A = self._descended(left.gram, q, 0.5 * problem.target_square.sum(), problem.kappa)
         w = torch.cat([A, left.b(problem.correlation, A)], dim=1)
-        moved(len(w))
-        found = RowSolution(A, w[:, problem.n :], without_gap(certify(problem, w, self.tol, move=False)[0]))
-        return lambda: found
+        on_progress(len(w))
+        report, _ = dual_gap(problem, w, self.tol, move=False)
+        return Future.of(RowSolution(A, w[:, problem.n :], without_gap(report)))
 
     def solve_rows(self, problem: RowProblem, start: RowSolution | None = None) -> RowSolution:
-        w = problem.correlation @ problem.faces.inverse
+        w = problem.correlation @ problem.systems.inverse
         # Once more from the data: the inverse of a nearly singular Gram matrix has lost digits.
-        w += problem.look(w).gradient @ problem.faces.inverse
-        return RowSolution(w[:, : problem.n], w[:, problem.n :], certify(problem, w, self.tol)[0])
+        w += problem.residual(w).gradient @ problem.systems.inverse
+        return RowSolution(w[:, : problem.n], w[:, problem.n :], dual_gap(problem, w, self.tol)[0])
 
     def _descended(self, gram: Tensor, q: Tensor, constant: Tensor, kappa: float) -> Tensor:
         """The best feasible LRᵀ of a descent on ½⟨LRᵀG, LRᵀ⟩ − ⟨LRᵀ, q⟩."""
         rank = self._rank(len(gram))
-        whole = q @ Faces(gram).inverse
+        whole = q @ ActiveSetSystems(gram).inverse
         U, S, Vh = torch.linalg.svd(whole)
         L, R = (U[:, :rank] * S[:rank].sqrt()).requires_grad_(), (Vh[:rank].t() * S[:rank].sqrt()).requires_grad_()
         optimiser = torch.optim.Adam([L, R], lr=self.lr)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._internal.errors import wrong
-from ..solution import SIMSolution
 from .admm import ADMMSolver
-from .base import ModelConfig, Progress
+from .base_solver import ModelConfig, SIMSolution
 from .distributed import join
 
 
@@ -42,16 +42,14 @@ class ADMMMultiGPUSolver(ADMMSolver):
         Y: Tensor,
         model_config: ModelConfig | None = None,
         *,
-        intercept: bool = False,
         start: SIMSolution | None = None,
-        progress: Progress | None = None,
+        **options: Any,
     ) -> SIMSolution:
         device = self._device()
         join(device)
-        X_, U_, Z_, Y_ = (states.to(device) for states in (X, U, Z, Y))
+        x, u, z, y = (states.to(device) for states in (X, U, Z, Y))
         before = None if start is None else start.to(device)
-        found = super().fit(X_, U_, Z_, Y_, model_config, intercept=intercept, start=before, progress=progress)
-        return found.to(X.device)
+        return super().fit(x, u, z, y, model_config, start=before, **options).to(X.device)
 
     def _device(self) -> torch.device:
         count = torch.cuda.device_count()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._internal.errors import positive_int, settle, wrong
 from ...activations import RELU, Activation, from_function
-from ..certificate import certify
+from ..certificate import RowSolution, dual_gap
 from ..problem import RowProblem
-from ..solution import RowSolution, SIMSolution
 from .admm import ADMMSolver
-from .base import ModelConfig, Progress
+from .base_solver import Matrices, ModelConfig
 
 # After so many, the step is rounding.
 _HALVINGS = 40
@@ -54,29 +54,19 @@ class OneSidedSolver(ADMMSolver):
         super().__post_init__()
         settle(self, positive_int, "num_epoch")
 
-    def fit(
-        self,
-        X: Tensor,
-        U: Tensor,
-        Z: Tensor,
-        Y: Tensor,
-        model_config: ModelConfig | None = None,
-        *,
-        intercept: bool = False,
-        start: SIMSolution | None = None,
-        progress: Progress | None = None,
-    ) -> SIMSolution:
-        phi = (model_config or {}).get("activation_fn", torch.relu)
+    def _check(self, states: Matrices, model_config: Any, intercept: bool) -> ModelConfig:
+        config = super()._check(states, model_config, intercept)
+        phi = config["activation_fn"]
         activation = phi if isinstance(phi, Activation) else from_function(phi)
         if activation is not RELU or intercept:
             got = f"{activation.name}, intercept={intercept}"
             raise wrong("OneSidedSolver", "ReLU without intercepts", got, "Use ADMMSolver().")
-        return super().fit(X, U, Z, Y, model_config, start=start, progress=progress)
+        return config
 
     def solve_hidden(self, problem: RowProblem, start: RowSolution | None = None) -> RowSolution:
-        w = self.solve_rows(problem.other(problem.T.clamp(min=0))).w if start is None else start.w
-        w = torch.cat([self._row(problem.take(row), w[row]) for row in torch.arange(len(w), device=w.device).split(1)])
-        report, _ = certify(_plain(problem, w), w, self.tol, move=False)
+        w = self.solve_rows(problem.replace(T=problem.T.clamp(min=0))).w if start is None else start.w
+        w = torch.cat([self._row(problem[row], w[row]) for row in torch.arange(len(w), device=w.device).split(1)])
+        report, _ = dual_gap(_plain(problem, w), w, self.tol, move=False)
         return RowSolution(w[:, : problem.n], w[:, problem.n :], report)
 
     def _row(self, problem: RowProblem, w: Tensor) -> Tensor:
@@ -101,7 +91,7 @@ def _plain(problem: RowProblem, w: Tensor) -> RowProblem:
     The residual is ≤ 0 where z ≤ 0, as a dual point of the one-sided problem has to be, and shrinking keeps it so.
     """
     z = problem.T.double()
-    return problem.other(torch.where(z > 0, z, problem.predicted(w).clamp(max=0)))
+    return problem.replace(T=torch.where(z > 0, z, problem.predicted(w).clamp(max=0)))
 
 
 def _lower(problem: RowProblem, w: Tensor, goal: Tensor) -> Tensor:
@@ -109,7 +99,7 @@ def _lower(problem: RowProblem, w: Tensor, goal: Tensor) -> Tensor:
 
     def objective(w: Tensor) -> Tensor:
         plain = _plain(problem, w)
-        return plain.objective(w, plain.look(w).square)
+        return plain.objective(w, plain.residual(w).square)
 
     here = objective(w)
     for halvings in range(_HALVINGS):

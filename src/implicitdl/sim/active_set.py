@@ -1,13 +1,14 @@
-"""Active set for all rows at once: Newton on the face of the current signs, exact where the signs are right."""
+"""Active sets for all rows at once: Newton's method on the current signs, exact where the signs are right."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..face import Faces, Rows, newton, product
+from .problem import RowProblem, RowRecord, product
 
 # Of the violators of a row, those within this share of the worst one enter together.
 _SHARE = 0.1
@@ -17,7 +18,29 @@ _BEYOND = 1e-9
 _TRIALS = 2
 
 
-def active_set(faces: Faces, rows: Rows, n: int, lam: float, kappa: float, steps: int) -> Tensor:
+@dataclass
+class ActiveSets(RowRecord):
+    """The point of every row and its active set: the face of the objective that the row is on.
+
+    Attributes:
+        w: (rows, d), the ball's entries first.
+        g: (rows, d), minus the gradient of the smooth part at w.
+        sign: (rows, d), −1, 0 or 1: the face; an entry of w may be 0 on it.
+        tight: (rows,) whether the face holds ‖a‖₁ at κ.
+    """
+
+    w: Tensor
+    g: Tensor
+    sign: Tensor
+    tight: Tensor
+
+    @classmethod
+    def at(cls, problem: RowProblem, w: Tensor, g: Tensor) -> ActiveSets:
+        # A row within rounding of the sphere is on it.
+        return cls(w, g, w.sign(), w[:, : problem.n].abs().sum(dim=1) >= problem.kappa * (1 - 1e-9))
+
+
+def active_set(problem: RowProblem, rows: ActiveSets, steps: int) -> None:
     """Descend from the rows' points, each at most so many steps, and change the rows in place.
 
     On the face F of the signs σ the objective is quadratic, and with τ the multiplier of a tight ball its minimiser
@@ -30,49 +53,44 @@ def active_set(faces: Faces, rows: Rows, n: int, lam: float, kappa: float, steps
     minimiser of a face, a tight ball with τ < 0 is released, and entries off the face with |g_j| > λ + τ join it.
     Each step lowers the objective, so no face is met twice.
 
-    Returns:
-        (rows,) bool: whether the row ended at the minimiser of its objective, up to rounding.
-
     Source: Lee, Battle, Raina & Ng, Efficient sparse coding algorithms (NIPS 2006), for the search over signs with
         one row and no ball.
     """
     stuck = torch.zeros_like(rows.tight)
     live = torch.arange(len(rows.w), device=rows.w.device)
-    finished = torch.zeros_like(rows.tight)
     for _ in range(steps):
         if len(live) == 0:
             break
-        part = rows.take(live)
-        moved, done = _step(faces, part, stuck[live], n, lam, kappa)
-        rows.put(live, part)
+        part = rows[live]
+        moved, done = _step(problem, part, stuck[live])
+        rows[live] = part
         # Several newcomers may start in the wrong direction and leave again at once; the worst violator cannot.
         stuck[live] = ~moved
-        finished[live] = done
         live = live[~done]
-    return finished
 
 
-def _step(faces: Faces, rows: Rows, stuck: Tensor, n: int, lam: float, kappa: float) -> tuple[Tensor, Tensor]:
+def _step(problem: RowProblem, rows: ActiveSets, stuck: Tensor) -> tuple[Tensor, Tensor]:
     """One step of every row, in place; whether it moved, and whether it has ended."""
-    d, tau = newton(faces, rows, n, lam)
+    n, lam, kappa, gram = problem.n, problem.lam, problem.kappa, problem.gram
+    d, tau = newton(problem, rows)
     crossing = rows.sign * (rows.w + d) < 0
     at = torch.where(crossing, -rows.w / d, math.inf)
     to_sphere = _to_sphere(rows, d, n, kappa)
     t = torch.minimum(at.amin(dim=1), to_sphere).clamp(max=1.0)
     leaving = crossing & (at <= t.unsqueeze(1))
     landed = to_sphere <= t
-    G_d = product(d, faces.gram)
+    G_d = product(d, gram)
     change, G_change = t.unsqueeze(1) * d, t.unsqueeze(1) * G_d
     reach, undecided = 1.0, torch.nonzero(crossing.any(dim=1))[:, 0]
     for _ in range(_TRIALS):
         undecided = undecided[t[undecided] < reach]
         if len(undecided) == 0:
             break
-        part = rows.take(undecided)
+        part = rows[undecided]
         bent = at[undecided] <= reach
         straight = reach * d[undecided]
         jump = torch.where(bent, -part.w, straight)
-        G_jump = reach * G_d[undecided] + product(jump - straight, faces.gram)
+        G_jump = reach * G_d[undecided] + product(jump - straight, gram)
         size = (part.w + jump)[:, :n].abs().sum(dim=1)
         better = (size <= kappa) & (
             _rise(part, jump, G_jump, lam) < _rise(part, change[undecided], G_change[undecided], lam)
@@ -92,19 +110,19 @@ def _step(faces: Faces, rows: Rows, stuck: Tensor, n: int, lam: float, kappa: fl
     return t > 0, minimal & ~_leave_face(rows, tau, minimal, stuck, n, lam)
 
 
-def _to_sphere(rows: Rows, d: Tensor, n: int, kappa: float) -> Tensor:
+def _to_sphere(rows: ActiveSets, d: Tensor, n: int, kappa: float) -> Tensor:
     """The step at which a row inside the ball meets its sphere; ∞ where the whole step stays inside."""
     speed = (rows.sign * d)[:, :n].sum(dim=1)
     room = (kappa - rows.w[:, :n].abs().sum(dim=1)).clamp(min=0)
     return torch.where(~rows.tight & (speed > room), room / speed, math.inf)
 
 
-def _rise(rows: Rows, change: Tensor, G_change: Tensor, lam: float) -> Tensor:
+def _rise(rows: ActiveSets, change: Tensor, G_change: Tensor, lam: float) -> Tensor:
     """How much the objective rises by a change that keeps every sign or ends at 0."""
     return ((lam * rows.sign - rows.g + 0.5 * G_change) * change).sum(dim=1)
 
 
-def _leave_face(rows: Rows, tau: Tensor, minimal: Tensor, stuck: Tensor, n: int, lam: float) -> Tensor:
+def _leave_face(rows: ActiveSets, tau: Tensor, minimal: Tensor, stuck: Tensor, n: int, lam: float) -> Tensor:
     """At the minimiser of a face: release a ball that holds back nothing, and let violators in.  Whether either did."""
     release = minimal & rows.tight & (tau < 0)
     rows.tight = rows.tight & ~release
@@ -115,3 +133,17 @@ def _leave_face(rows: Rows, tau: Tensor, minimal: Tensor, stuck: Tensor, n: int,
     enter = (excess > 0) & (excess >= least.unsqueeze(1)) & minimal.unsqueeze(1)
     rows.sign = torch.where(enter, rows.g.sign(), rows.sign)
     return release | enter.any(dim=1)
+
+
+def newton(problem: RowProblem, rows: ActiveSets) -> tuple[Tensor, Tensor]:
+    """d and τ with G_FF d = g_F − λσ_F − τσ_a and σ_aᵀd = 0, from two solutions of one system; τ = 0 off the sphere."""
+    n, lam, systems = problem.n, problem.lam, problem.systems
+    support = rows.sign != 0
+    descent = torch.where(support, rows.g - lam * rows.sign, 0.0).unsqueeze(1)
+    if not bool(rows.tight.any()):
+        return systems.solve(support, descent)[:, 0], torch.zeros_like(rows.w[:, 0])
+    normal = torch.nn.functional.pad(rows.sign[:, :n] * rows.tight.unsqueeze(1), (0, rows.sign.shape[1] - n))
+    free, along = systems.solve(support, torch.cat([descent, normal.unsqueeze(1)], dim=1), normal).unbind(dim=1)
+    curvature = (normal * along).sum(dim=1)
+    tau = torch.where(curvature > 0, (normal * free).sum(dim=1) / curvature, 0.0)
+    return free - tau.unsqueeze(1) * along, tau

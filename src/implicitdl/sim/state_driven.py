@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._internal.errors import non_negative, open_unit, positive_int, wrong
+from .._internal.errors import extra, non_negative, open_unit, positive_int, wrong
 from ..activations import Activation, from_function
 from ..nn import ImplicitModel
-from .matching import Matching, in_units
+from .matching import SIMReport, StateMatching, check_states, scaled_states, teacher_weights
 from .path import PathPoint, by_count, by_penalty
-from .progress import row_bar
-from .report import SIMReport, report_of
-from .rescale import teacher_weights
 from .score import score
-from .solution import SIMWarning
 from .solvers import ADMMSolver, BaseSolver
-from .states import get_states
-from .storage import FLOATS, States, load_states
-
-# Samples on which X = φ(Z) is checked, and how far a teacher in half precision may be from it, relative to max |x|.
-_CHECKED, _CLOSE = 1000, 1e-2
+from .solvers.base_solver import Progress, SIMWarning
+from .states import FLOATS, States, get_states, load_states
 
 
 class SIM:
@@ -147,10 +141,9 @@ class SIM:
         chosen = _solver("SIM.train", solver)
         states = self._states(model, dataloader, states_data_path, save_states_path)
         matching = self.matching(states, model)
-        with row_bar(progress) as moved:
-            found = matching.fit(chosen, progress=moved)
-        self._model = matching.model(found)
-        self.report = report_of(matching, found, self._model)
+        with progress_bar(progress, "rows") as on_progress:
+            found = matching.fit(chosen, progress=on_progress)
+        self._model, self.report = matching.model(found)
         return self.report
 
     def path(
@@ -206,19 +199,27 @@ class SIM:
         chosen = _solver("SIM.path", solver)
         states = self._states(model, dataloader, states_data_path, None)
         matching = self.matching(states, model)
-        with row_bar(progress, "models") as moved:
+        with progress_bar(progress, "models") as on_progress:
             if lambdas is not None:
-                return by_penalty(matching, chosen, lambdas, refit, moved)
+                return by_penalty(matching, chosen, lambdas, refit, on_progress)
             assert nonzeros is not None
-            return by_count(matching, chosen, nonzeros, refit, moved)
+            return by_count(matching, chosen, nonzeros, refit, on_progress)
 
-    def matching(self, states: States, model: nn.Module | None) -> Matching:
+    def matching(self, states: States, model: nn.Module | None) -> StateMatching:
         """The problem that `train` solves, for states that are there."""
-        self._check_activation(states)
-        _say_dead(states)
-        v = self._weights(model, states) if self.rescale else None
-        return Matching(
-            in_units(states, v, self.max_memory), self.activation, self.kappa, v,
+        check_states(states, self.activation)
+        v = None
+        if self.rescale and model is not None:
+            radius = self.kappa / max(1.0, self.activation.lipschitz)
+            v = teacher_weights(model, states.batch_shape, radius, layers=self.layers, skip_layers=self.skip_layers)
+        if self.rescale and v is None:
+            warnings.warn(
+                "SIM.train: the teacher's weights are not known, so the states keep their units, and rows whose "
+                "‖a‖₁ would exceed κ do not match. Pass model= beside states_data_path, or rescale=False.",
+                SIMWarning, stacklevel=3,
+            )  # fmt: skip
+        return StateMatching(
+            scaled_states(states, v, self.max_memory), self.activation, self.kappa, v,
             states.affine if self.bias is None else self.bias, self.dtype, self.device, states.layers,
         )  # fmt: skip
 
@@ -256,47 +257,6 @@ class SIM:
             raise wrong(who, "model and dataloader, or states_data_path", got, "Pass what the states come from.")
         return self.get_states(model, dataloader, save)
 
-    def _check_activation(self, states: States) -> None:
-        """Every chosen layer must be φ, or no A and B can make the implicit model's states the teacher's."""
-        start = 0
-        for layer in states.layers:
-            rows = slice(start, start := start + layer.features)
-            x, z = states["X"][rows, :_CHECKED], states["Z"][rows, :_CHECKED]
-            off = float((self.activation.phi(z) - x).abs().max())
-            if off > _CLOSE * max(float(x.abs().max()), torch.finfo(x.dtype).tiny):
-                raise wrong(
-                    "SIM.train", f"x = φ(z) with φ = {self.activation.name} in every layer",
-                    f"a difference of {off:.3g} in {layer}", "Pass its activation_fn, or choose layers=[...].",
-                )  # fmt: skip
-
-    def _weights(self, model: nn.Module | None, states: States) -> Tensor | None:
-        v = None
-        if model is not None:
-            radius = self.kappa / max(1.0, self.activation.lipschitz)
-            v = teacher_weights(
-                model, states.batch_shape, radius, layers=self.layers, skip_layers=self.skip_layers
-            )  # fmt: skip
-        if v is None:
-            warnings.warn(
-                "SIM.train: the teacher's weights are not known, so the states keep their units, and rows whose "
-                "‖a‖₁ would exceed κ do not match. Pass model= beside states_data_path, or rescale=False.",
-                SIMWarning, stacklevel=4,
-            )  # fmt: skip
-        return v
-
-
-def _say_dead(states: States) -> None:
-    """A layer whose states do not depend on the input has nothing to match."""
-    start = 0
-    for layer in states.layers:
-        x = states["X"][start : (start := start + layer.features)]
-        if x.shape[1] > 1 and bool((x == x[:, :1]).all()):
-            warnings.warn(
-                f"SIM.train: all {layer.features} states of {layer} are the same for every sample: the teacher does "
-                "not use its input there. Train it again, from other weights or with a lower learning rate.",
-                SIMWarning, stacklevel=4,
-            )  # fmt: skip
-
 
 def _solver(who: str, given: Any) -> BaseSolver:
     if given is None:
@@ -305,3 +265,22 @@ def _solver(who: str, given: Any) -> BaseSolver:
         do = "Pass an object of one of implicitdl.sim.solvers, such as ADMMSolver()."
         raise wrong(who, "solver to be a BaseSolver", repr(given), do)
     return given
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool, title: str) -> Iterator[Progress | None]:
+    """A function of (done, all of them) that moves a bar on the terminal; None where none is to be shown."""
+    if not shown:
+        yield None
+        return
+    rich = extra("rich.progress", "train")
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=20),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+    )
+    # No thread of its own: it would run beside the solver's.
+    with rich.Progress(*columns, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
