@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .problem import RowProblem, RowRecord, product
+from .problem import RowProblem, product
+
+Record = TypeVar("Record", bound="RowRecord")
 
 # Of the violators of a row, those within this share of the worst one enter together.
 _SHARE = 0.1
@@ -16,6 +20,23 @@ _SHARE = 0.1
 _BEYOND = 1e-9
 # Lengths that are tried beyond the first change of sign: the whole step, then half of it.
 _TRIALS = 2
+
+
+class RowRecord:
+    """A dataclass of tensors with one entry a row: indexing takes or sets some of the rows in every field."""
+
+    def __getitem__(self: Record, rows: Tensor) -> Record:
+        return self._mapped(lambda values: values[rows])
+
+    def __setitem__(self: Record, rows: Tensor, part: Record) -> None:
+        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            getattr(self, name)[rows] = getattr(part, name)
+
+    def to(self: Record, device: torch.device) -> Record:
+        return self._mapped(lambda values: values.to(device))
+
+    def _mapped(self: Record, f: Callable[[Any], Any]) -> Record:
+        return type(self)(*(f(getattr(self, name)) for name in self.__dataclass_fields__))  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .active_set import ActiveSets, newton
-from .problem import ResidualStats, RowProblem, RowRecord
+from .active_set import ActiveSets, RowRecord, newton
+from .problem import ResidualStats, RowProblem
 
 # Corrections of the dual point: the first takes out what a nearly singular system left, the second its own rounding.
 _CORRECTIONS = 2
@@ -93,7 +93,8 @@ def dual_gap(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) -
     bound = _dual(problem, stats, w)
     open_ = torch.nonzero(objective - bound > tol * objective + floor)[:, 0]
     if move and len(open_) > 0:
-        bound[open_] = torch.maximum(bound[open_], _corrected(problem[open_], w[open_], stats[open_]))
+        corrected = _corrected(problem[open_], w[open_], stats.gradient[open_])
+        bound[open_] = torch.maximum(bound[open_], corrected)
     gap = (objective - bound).clamp(min=0)
     report = RowReport(
         objective=objective,
@@ -106,13 +107,13 @@ def dual_gap(problem: RowProblem, w: Tensor, tol: float, *, move: bool = True) -
     return report, stats.gradient
 
 
-def _corrected(problem: RowProblem, w: Tensor, stats: ResidualStats) -> Tensor:
+def _corrected(problem: RowProblem, w: Tensor, g: Tensor) -> Tensor:
     """The dual value of θ after Newton steps on the face of w and of what violates its bound, made in θ alone."""
-    rows = ActiveSets.at(problem, w, stats.gradient)
+    rows = ActiveSets.at(problem, w, g)
     _, tau = newton(problem, rows)
     bound = torch.full_like(w, problem.lam)
     bound[:, : problem.n] += tau.clamp(min=0).unsqueeze(1)
-    rows.sign = torch.where((w == 0) & (stats.gradient.abs() > bound), stats.gradient.sign(), rows.sign)
+    rows.sign = torch.where((w == 0) & (g.abs() > bound), g.sign(), rows.sign)
     correction = torch.zeros_like(w)
     for _ in range(_CORRECTIONS):
         correction += newton(problem, rows)[0]

@@ -80,7 +80,8 @@ class StateMatching:
     Attributes:
         states: X, U, Z, Y (features, samples) in the new units.
         activation: φ.
-        kappa: κ; r = κ / max(1, max|φ'|).
+        kappa: κ.
+        radius: r = κ / max(1, max|φ'|).  A φ of smaller slope would allow a larger ball, and ‖A‖∞ ≤ κ is asked for.
         weights: v (n,) in float64; None where the states keep their units.
         intercept: whether there are b_x and b_y.
         dtype, device: of the model; it is solved there, in float64.
@@ -90,16 +91,12 @@ class StateMatching:
     states: Mapping[str, Tensor]
     activation: Activation
     kappa: float
+    radius: float
     weights: Tensor | None
     intercept: bool
     dtype: torch.dtype
     device: torch.device
     layers: tuple[Layer, ...]
-
-    @property
-    def radius(self) -> float:
-        # A φ of smaller slope would allow a larger ball, and ‖A‖∞ ≤ κ is what is asked for.
-        return self.kappa / max(1.0, self.activation.lipschitz)
 
     @property
     def keeps_units(self) -> bool:
@@ -116,7 +113,7 @@ class StateMatching:
 
     def model(self, found: SIMSolution) -> tuple[ImplicitModel, SIMReport]:
         """The solution as a model, whose constraint leaves its A as it is, and its report."""
-        A, B, C, D = found
+        A, B, C, D = found.A, found.B, found.C, found.D
         finite("SIM", "weights from the solver", torch.cat([A.flatten(), B.flatten(), C.flatten(), D.flatten()]))
         v = self.weights
         b_x, b_y = found.b_x, found.b_y
@@ -127,6 +124,8 @@ class StateMatching:
             b_x = None if b_x is None else v * b_x
         constraint = self._constraint(A, found).to(self.device, self.dtype)
         A, B, C, D = (part.to(self.dtype) for part in (A, B, C, D))
+        biases = {name: b.to(self.dtype) for name, b in (("b_x", b_x), ("b_y", b_y)) if b is not None}
+        bias = any(bool((b != 0).any()) for b in biases.values())
         rank = constraint.rank if isinstance(constraint, LowRank) else None
         if rank is None:
             A = _inside(constraint, A)
@@ -134,8 +133,6 @@ class StateMatching:
         else:
             weights = dict(zip("LR", constraint.right_inverse(A), strict=True))
             A = constraint(**weights)
-        biases = {name: b for name, b in (("b_x", b_x), ("b_y", b_y)) if b is not None}
-        bias = any(bool((b.to(self.dtype) != 0).any()) for b in biases.values())
         model = ImplicitModel(
             B.shape[1], len(C), len(A), bias=bias, is_low_rank=rank is not None, rank=rank,
             activation=self.activation, constraint=constraint, device=self.device, dtype=self.dtype,

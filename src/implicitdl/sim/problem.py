@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._internal.errors import finite, non_negative, wrong
-
-Record = TypeVar("Record", bound="RowRecord")
 
 # Samples of the states that are in memory in float64 at a time: 160 MiB for 5,000 features.
 _CHUNK = 4096
@@ -215,25 +213,7 @@ class RowProblem:
         return 0.5 * square + self.lam * w.abs().sum(dim=1)
 
 
-class RowRecord:
-    """A dataclass of tensors with one entry a row: indexing takes or sets some of the rows in every field."""
-
-    def __getitem__(self: Record, rows: Tensor) -> Record:
-        return self._mapped(lambda values: values[rows])
-
-    def __setitem__(self: Record, rows: Tensor, part: Record) -> None:
-        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            getattr(self, name)[rows] = getattr(part, name)
-
-    def to(self: Record, device: torch.device) -> Record:
-        return self._mapped(lambda values: values.to(device))
-
-    def _mapped(self: Record, f: Callable[[Any], Any]) -> Record:
-        return type(self)(*(f(getattr(self, name)) for name in self.__dataclass_fields__))  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class ResidualStats(RowRecord):
+class ResidualStats(NamedTuple):
     """Of the residuals θ of a pass over the data: Φθ (rows, d), ‖θ‖² (rows,) and tᵀθ (rows,)."""
 
     gradient: Tensor

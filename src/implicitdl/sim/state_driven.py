@@ -87,13 +87,13 @@ class SIM:
             raise wrong(who, "activation_fn to be an Activation or a function", activation_fn, "Pass torch.relu.")
         if dtype not in FLOATS:
             raise wrong(who, "dtype float32 or float64", dtype)
-        self.activation = activation_fn if isinstance(activation_fn, Activation) else from_function(activation_fn)
         self.kappa = open_unit(who, "kappa", kappa)
         self.skip_layers = None if skip_layers is None else positive_int(who, "skip_layers", skip_layers)
-        self.layers = layers
-        self.device, self.dtype = torch.device(device), dtype
-        self.rescale, self.bias = rescale, bias
         self.max_memory = positive_int(who, "max_memory", max_memory)
+        self.activation = activation_fn if isinstance(activation_fn, Activation) else from_function(activation_fn)
+        self._radius = self.kappa / max(1.0, self.activation.lipschitz)
+        self.layers, self.rescale, self.bias = layers, rescale, bias
+        self.device, self.dtype = torch.device(device), dtype
         self._model: ImplicitModel | None = None
         self.report: SIMReport | None = None
 
@@ -141,7 +141,7 @@ class SIM:
         chosen = _solver("SIM.train", solver)
         states = self._states(model, dataloader, states_data_path, save_states_path)
         matching = self.matching(states, model)
-        with progress_bar(progress, "rows") as on_progress:
+        with progress_bar("rows") if progress else contextlib.nullcontext() as on_progress:
             found = matching.fit(chosen, progress=on_progress)
         self._model, self.report = matching.model(found)
         return self.report
@@ -199,7 +199,7 @@ class SIM:
         chosen = _solver("SIM.path", solver)
         states = self._states(model, dataloader, states_data_path, None)
         matching = self.matching(states, model)
-        with progress_bar(progress, "models") as on_progress:
+        with progress_bar("models") if progress else contextlib.nullcontext() as on_progress:
             if lambdas is not None:
                 return by_penalty(matching, chosen, lambdas, refit, on_progress)
             assert nonzeros is not None
@@ -210,8 +210,9 @@ class SIM:
         check_states(states, self.activation)
         v = None
         if self.rescale and model is not None:
-            radius = self.kappa / max(1.0, self.activation.lipschitz)
-            v = teacher_weights(model, states.batch_shape, radius, layers=self.layers, skip_layers=self.skip_layers)
+            v = teacher_weights(
+                model, states.batch_shape, self._radius, layers=self.layers, skip_layers=self.skip_layers
+            )
         if self.rescale and v is None:
             warnings.warn(
                 "SIM.train: the teacher's weights are not known, so the states keep their units, and rows whose "
@@ -219,7 +220,7 @@ class SIM:
                 SIMWarning, stacklevel=3,
             )  # fmt: skip
         return StateMatching(
-            scaled_states(states, v, self.max_memory), self.activation, self.kappa, v,
+            scaled_states(states, v, self.max_memory), self.activation, self.kappa, self._radius, v,
             states.affine if self.bias is None else self.bias, self.dtype, self.device, states.layers,
         )  # fmt: skip
 
@@ -268,11 +269,8 @@ def _solver(who: str, given: Any) -> BaseSolver:
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, title: str) -> Iterator[Progress | None]:
-    """A function of (done, all of them) that moves a bar on the terminal; None where none is to be shown."""
-    if not shown:
-        yield None
-        return
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A function of (done, all of them) that moves a bar on the terminal."""
     rich = extra("rich.progress", "train")
     columns = (
         rich.TextColumn("{task.description}"),

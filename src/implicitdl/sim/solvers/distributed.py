@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -63,17 +63,19 @@ def _digest(matrix: Tensor) -> Tensor:
     return torch.stack([size, weights @ sums, *size.new_tensor([rows, samples])])
 
 
+@dataclass
 class Future:
     """The solution of all rows, in every process.
 
-    Arguments:
-        packed: (rows, n + p + fields of the report), in every process.
+    Attributes:
+        packed: (rows, n + p + fields of the report).
         n: states, the entries of a.
-        sum_: the sum of `packed` over the processes that is under way; None where it is made.
+        pending: the sum of `packed` over the processes that is under way; None where it is made.
     """
 
-    def __init__(self, packed: Tensor, n: int, sum_: Any = None) -> None:
-        self._packed, self._n, self._sum = packed, n, sum_
+    packed: Tensor
+    n: int
+    pending: Any = None
 
     @classmethod
     def of(cls, found: RowSolution) -> Future:
@@ -82,13 +84,13 @@ class Future:
 
     def result(self) -> RowSolution:
         """The solution; waits for the other processes where there are any."""
-        if self._sum is not None:
-            self._sum.wait()
-            self._sum = None
-        width = self._packed.shape[1] - len(fields(RowReport))
-        objective, gap, norm, support, rounding, converged = self._packed[:, width:].unbind(dim=1)
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+        width = self.packed.shape[1] - len(fields(RowReport))
+        objective, gap, norm, support, rounding, converged = self.packed[:, width:].unbind(dim=1)
         report = RowReport(objective, gap, norm, support.long(), rounding, converged.bool())
-        return RowSolution(self._packed[:, : self._n], self._packed[:, self._n : width], report)
+        return RowSolution(self.packed[:, : self.n], self.packed[:, self.n : width], report)
 
 
 def in_batches(
