@@ -195,8 +195,6 @@ class StateMatching:
 
 def _inside(constraint: Constraint, A: Tensor) -> Tensor:
     """A with the rows that rounding has left outside shrunk: inside as computed in its own dtype, and in float64."""
-    if isinstance(constraint, LowRank):
-        return A  # its factors are found anew
     A = A.clone()
     while True:
         wide = A.double()
