@@ -21,6 +21,8 @@ from .solvers import ADMMSolver, BaseSolver
 from .solvers.base_solver import Progress, SIMWarning
 from .states import FLOATS, States, get_states, load_states
 
+Bar = contextlib.AbstractContextManager[Progress | None]
+
 
 class SIM:
     """State-driven implicit model: x = φ(Ax + Bu + b_x), y = Cx + Du + b_y from a teacher's states, convexly.
@@ -141,7 +143,8 @@ class SIM:
         chosen = _solver("SIM.train", solver)
         states = self._states(model, dataloader, states_data_path, save_states_path)
         matching = self.matching(states, model)
-        with progress_bar("rows") if progress else contextlib.nullcontext() as on_progress:
+        bar: Bar = progress_bar("rows") if progress else contextlib.nullcontext()
+        with bar as on_progress:
             found = matching.fit(chosen, progress=on_progress)
         self._model, self.report = matching.model(found)
         return self.report
@@ -199,7 +202,8 @@ class SIM:
         chosen = _solver("SIM.path", solver)
         states = self._states(model, dataloader, states_data_path, None)
         matching = self.matching(states, model)
-        with progress_bar("models") if progress else contextlib.nullcontext() as on_progress:
+        bar: Bar = progress_bar("models") if progress else contextlib.nullcontext()
+        with bar as on_progress:
             if lambdas is not None:
                 return by_penalty(matching, chosen, lambdas, refit, on_progress)
             assert nonzeros is not None
