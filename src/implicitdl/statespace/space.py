@@ -102,11 +102,10 @@ class StateSpace:
     ) -> None:
         _check_matrices({"A": A, "B": B, "C": C})
         n, p, q = A.shape[0], B.shape[1], C.shape[0]
-        like: dict[str, Any] = {"dtype": A.dtype, "device": A.device}
         given = {
             "A": A, "B": B, "C": C, "D": A.new_zeros(q, p) if D is None else D,
-            "b_x": torch.zeros(n, **like) if b_x is None else b_x,
-            "b_y": torch.zeros(q, **like) if b_y is None else b_y,
+            "b_x": A.new_zeros(n) if b_x is None else b_x,
+            "b_y": A.new_zeros(q) if b_y is None else b_y,
         }  # fmt: skip
         self._hold({name: _copied(tensor) for name, tensor in given.items()}, blocks)
 

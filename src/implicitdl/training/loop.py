@@ -164,7 +164,7 @@ def train(
             do = f"It has no '{LAST}' to resume: give" if resume else "Pass resume=True to go on with it, or"
             refuse_run("train", folder, f"{do} another dirname.")
         model.to(place)
-        shared = torch.tensor(drawn, device=place)
+        shared = torch.tensor(drawn, dtype=torch.int64, device=place)
         if several:
             torch.distributed.broadcast(shared, 0)  # the main process's seed
         state = TrainState(folder, model, opt, scheduler, accelerator.scaler, int(shared))
