@@ -121,7 +121,8 @@ class Residual:
                     self._doubt(f, part, which, xs, values, seen, beyond, change, size, relative, rtol, floor, dtype)
             if leaps:
                 far = arrived & (size > _FAR * self._first_step) & (hidden | (rtol**0.5 * size > self._first_step))
-                far &= relative <= rtol
+                # Of the whole row, and of states whose norms can be squared.
+                far &= (relative <= rtol).all(axis=0) & (size > smallest)
                 if far.any():
                     walks = self._walk(f, far.any(axis=0), state, xs, values, rtol, torch.finfo(dtype).eps)
                     relative[far & walks] = 1.0

@@ -104,8 +104,8 @@ class StateSpace:
         n, p, q = A.shape[0], B.shape[1], C.shape[0]
         given = {
             "A": A, "B": B, "C": C, "D": A.new_zeros(q, p) if D is None else D,
-            "b_x": A.new_zeros(n) if b_x is None else b_x,
-            "b_y": A.new_zeros(q) if b_y is None else b_y,
+            "b_x": torch.zeros(n, dtype=A.dtype, device=A.device) if b_x is None else b_x,
+            "b_y": torch.zeros(q, dtype=A.dtype, device=A.device) if b_y is None else b_y,
         }  # fmt: skip
         self._hold({name: _copied(tensor) for name, tensor in given.items()}, blocks)
 
