@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Calls in a round, and rounds.
 TASKS = {
-    "step-100": (10, 300),
-    "step-300": (4, 100),
+    "step-100": (10, 200),
+    "step-300": (4, 60),
     "step-1000": (2, 25),
     "conv": (1, 15),
     "sim": (1, 5),

@@ -47,7 +47,7 @@ class Aitken(Solver):
         >>> from implicitdl import Aitken, Picard, fixed_point
         >>> f = lambda x: 1 + 0.9 * x
         >>> [int(fixed_point(f, torch.zeros(1, 1), solver=s).steps) for s in (Picard(), Aitken())]
-        [89, 4]
+        [89, 5]
     """
 
     period: int | None = None
