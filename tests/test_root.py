@@ -67,9 +67,10 @@ def test_a_trial_outside_of_the_domain_is_halved(solver):
 @pytest.mark.parametrize(
     "solver", [Newton(), Newton(dense=False), Broyden(), GMRES(), Auto(), Anderson(), Picard()], ids=repr
 )
-def test_what_has_no_root_is_never_claimed(solver):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_root_is_never_claimed(solver, dtype):
     for name, g in {"exp": torch.exp, "x² + 1": lambda x: x * x + 1, "1/x": lambda x: 1 / x}.items():
-        solution = root(g, torch.tensor([[0.5, 1.0]]), solver=solver, on_failure="ignore")
+        solution = root(g, torch.tensor([[0.5, 1.0]], dtype=dtype), solver=solver, on_failure="ignore")
         assert not solution.converged.any(), name
 
 

@@ -38,7 +38,8 @@ class Correction(Residual):
     ) -> np.ndarray:  # fmt: skip
         dtype = fx.dtype
         state = x.detach()
-        x, r = measurable(f, x), measurable(f, fx)
+        # In double precision: float32 cannot square 1e-23, and a residual that is not 0 must not become it.
+        x, r = measurable(f, x).double(), measurable(f, fx).double()
         residual = on_host(torch.linalg.vector_norm(r, dim=1))
         xs = parts_of(f, x)
         size = np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in xs])
@@ -102,7 +103,7 @@ def _confirmed(f: Map, x: Tensor) -> Tensor:
 
 
 def _lengths(f: Map, p: Tensor) -> np.ndarray:
-    return np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in parts_of(f, p)])
+    return np.stack([on_host(torch.linalg.vector_norm(part.double(), dim=1)) for part in parts_of(f, p)])
 
 
 def _ratio(change: np.ndarray, size: np.ndarray) -> np.ndarray:

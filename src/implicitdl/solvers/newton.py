@@ -135,7 +135,9 @@ class Newton(Solver):
             # The step that led here, solved for as far as its forcing asks, is longer than the next one.
             krylov = state.krylov
             nearer = krylov.tried & (torch.linalg.vector_norm(r, dim=1) <= 0.5 * krylov.search.size)
-            return torch.where((nearer & (krylov.search.size < torch.inf)).unsqueeze(1), x - krylov.search.x, torch.inf)
+            # A size of 0 is one that the dtype cannot square, and no step was found from it.
+            known = nearer & (krylov.search.size > 0) & (krylov.search.size < torch.inf)
+            return torch.where(known.unsqueeze(1), x - krylov.search.x, torch.inf)
         assert state.jacobians is not None, "evaluated by this method"
         size = torch.linalg.vector_norm(r, dim=1)
         wanted = torch.isfinite(size) & ((size <= state.search.size) | (state.search.plain > 0))
