@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..equations.map import LinearMap, Map
+from ..equations.map import AutogradLinearization, LinearMap, Map
 from ..solvers.newton import DENSE_UP_TO, newton_correction
-from .indexing import on_host
+from .indexing import on_device, on_host
 from .residual import Residual, measurable, parts_of
 
 # A step that is longer than this part of the one before does not come nearer any more.
@@ -21,7 +21,9 @@ class Correction(Residual):
     """‖p‖ / ‖x‖ per row, p = J⁻¹g(x) the Newton correction: the relative distance to the root that is near.
 
     A solver that forms J knows p.  Of another the secant of its last two evaluations gives a guess,
-    ‖g‖ ‖s‖ / ‖y‖, and where this is within the tolerance p is computed once to confirm it.
+    ‖g‖ ‖s‖ / ‖y‖.  Where this is within the tolerance p is computed once to confirm it; of a state too large for its J,
+    the guess is made once more from an evaluation at a short step, ten times it must be within the tolerance, and
+    every number of a row that has grown must act on g.
 
     A root at 0 has no relative distance.  Where rounding leaves steps that do not shorten and are nothing beside the
     numbers that x has been through, it has been found as exactly as they allow; else `Stage` tries 0 itself.
@@ -37,10 +39,11 @@ class Correction(Residual):
         correction: Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
         dtype = fx.dtype
-        state = x.detach()
+        state, self.probed = x.detach(), None
         # In double precision: float32 cannot square 1e-23, and a residual that is not 0 must not become it.
         x, r = measurable(f, x).double(), measurable(f, fx).double()
-        residual = on_host(torch.linalg.vector_norm(r, dim=1))
+        # Nor does double precision square 1e-177.
+        residual = on_host(torch.maximum(torch.linalg.vector_norm(r, dim=1), r.abs().amax(dim=1)))
         xs = parts_of(f, x)
         size = np.stack([on_host(torch.linalg.vector_norm(part, dim=1)) for part in xs])
         if self.first_size is None:
@@ -65,7 +68,16 @@ class Correction(Residual):
             if near.any():
                 length[:, near] = _lengths(f, _confirmed(f, state))[:, near]
         else:
-            length = np.repeat(10 * guess[None], len(size), axis=0)  # in many dimensions, a guess
+            # In many dimensions, a guess; a long step passes over what is near its end, a short one sees it.
+            length = np.repeat(10 * guess[None], len(size), axis=0)
+            near = (length <= rtol * size + atol).all(axis=0)
+            if before is not None and near.any():
+                self.probed = near.astype(np.int64)
+                length[:, near] = 10 * _beside(f, state, before[0].detach(), r, near)[near]
+                near &= (size > 2 * self.first_size).any(axis=0) & np.isfinite(length).all(axis=0)
+                if near.any() and not torch.is_inference_mode_enabled():
+                    self.probed = self.probed + near
+                    length[:, near & _idle(f, state, 2 * self.first_size.max(axis=0))] = np.inf
         peak = size if self._peak is None else np.maximum(self._peak, size)
         self._peak = peak
         relative = length / (size + length + atol / rtol)
@@ -95,6 +107,30 @@ class _Exactly(Correction):
 
     def __call__(self, f: Map, x: Tensor, fx: Tensor, *settings: Any, **more: Any) -> np.ndarray:
         return np.where(on_host(fx.detach().abs().amax(dim=1)) == 0, 0.0, np.inf)
+
+
+def _beside(f: Map, x: Tensor, towards: Tensor, r: Tensor, rows: np.ndarray) -> np.ndarray:
+    """‖g‖ ‖s‖ / ‖y‖ with a short step s in the direction of another point, (batch,)."""
+    away = towards - x
+    short = torch.finfo(x.dtype).eps ** 0.5 * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    s = away * (short / torch.linalg.vector_norm(away, dim=1, keepdim=True))
+    moved = torch.where(on_device(rows[:, None], x), x + s, x)
+    with torch.no_grad():
+        bend = measurable(f, f(moved)).double() - r
+    norms = [on_host(torch.linalg.vector_norm(t, dim=1)) for t in (r, measurable(f, moved).double() - x, bend)]
+    guess: np.ndarray = norms[0] * norms[1] / norms[2]
+    return guess
+
+
+def _idle(f: Map, x: Tensor, size: np.ndarray) -> np.ndarray:
+    """Whether a number beyond this size does not act on g at all, so that J is singular, (batch,)."""
+    with torch.enable_grad():
+        at = AutogradLinearization(f, x)
+    weights = 0.5 + torch.rand(
+        x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
+    acts = at.vjp(weights.to(x).expand_as(x)) != 0
+    return on_host(((x.abs() > on_device(size[:, None], x)) & ~acts).any(dim=1)) > 0
 
 
 def _confirmed(f: Map, x: Tensor) -> Tensor:
