@@ -139,3 +139,15 @@ def test_newton_solves_an_adjoint_too():
     (gradient,) = torch.autograd.grad(x.sum(), b)
     exact = torch.linalg.solve(torch.eye(4) - A.t(), torch.ones(4))
     assert torch.allclose(gradient, exact.expand(3, 4))
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-17, 1e-16])
+def test_the_adjoint_of_a_singular_jacobian_is_a_miss(off):
+    torch.manual_seed(0)
+    M = torch.randn(3, 3)
+    M[2] = M[0] + M[1] + off
+    a = torch.randn(2, 3, requires_grad=True)
+    solution = root(lambda x, a: x @ M.T - a @ M.T, a.detach().clone(), a, on_failure="ignore")
+    solution.value.sum().backward()
+    assert solution.converged.all()
+    assert not solution.backward.converged.any()

@@ -52,7 +52,10 @@ class Correction(Residual):
             self.vanishing, self._away = None, np.zeros(len(residual), dtype=bool)
             right = on_host(torch.linalg.vector_norm(measurable(f, f.constant), dim=1))
             rounding = np.zeros_like(residual) if correction is None else on_host(correction)
-            return _ratio(residual, right + atol / rtol + rounding / rtol)
+            # Of a J that is singular to working precision rounding may hide any residual, and excuses none.
+            hidden = rounding > torch.finfo(dtype).eps ** 0.5 * right
+            residual = np.where(hidden, np.maximum(residual, rounding), residual)
+            return _ratio(residual, right + atol / rtol + np.where(hidden, 0.0, rounding) / rtol)
         guess = np.full_like(residual, np.inf)
         if before is not None:
             x_before, r_before = (measurable(f, part) for part in before)
