@@ -417,6 +417,20 @@ class TestBatchNormHoweverItIsReached:
             assert int(block.norm.num_batches_tracked) == 2  # the solve's, and that of the line above
         solution.value.sum().backward()
 
+    @pytest.mark.parametrize("solver", [Auto(), Picard(), Anderson(), Broyden(), Newton()], ids=repr)
+    @pytest.mark.parametrize("differentiated", [True, False])
+    def test_statistics_are_those_of_the_solution(self, solver, differentiated):
+        # A claim on a state that has grown is judged by an evaluation somewhere else.
+        norm = nn.BatchNorm1d(3, momentum=1.0).requires_grad_(differentiated)
+
+        def f(x, u):
+            norm(0.9 * x + u)
+            return 0.9 * x + u
+
+        u = torch.randn(8, 3, requires_grad=differentiated)
+        solution = fixed_point(f, torch.zeros(8, 3), u, solver=solver, on_failure="raise")
+        assert relative(norm.running_mean, (0.9 * solution.value + u).mean(0)) < 1e-5
+
     def test_batch_norm_that_f_does_not_use_couples_nothing(self):
         block = Block(nn.Identity())
         block.unused = nn.BatchNorm1d(4)

@@ -151,7 +151,7 @@ def solve(
             finite(who, name, weight, DIVERGED)
         announce_miss(who, "forward", found, solver, on_failure)
     if isinstance(f, (FunctionMap, OneRow)):
-        f.commit_buffers()
+        f.commit_buffers(found.x)
     if found.x is x0:  # x0 was the solution; the user may go on to change either in place
         found.x = found.x.clone()
     return found

@@ -65,6 +65,11 @@ class Frozen:
         return self._untracked or any(isinstance(held.owner, _BatchNorm) for held in self._buffers)
 
     @property
+    def buffered(self) -> bool:
+        """Whether an evaluation moves buffers."""
+        return bool(self._buffers)
+
+    @property
     def divisible(self) -> bool:
         """Whether samples may leave the batch: noise has its shape, batch norm its statistics.
 

@@ -102,8 +102,12 @@ class FunctionMap(Map):
         state: State = self._build([part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)])
         return state
 
-    def commit_buffers(self) -> None:
-        """The solve is over: running statistics inside f take the values of its last evaluation."""
+    def commit_buffers(self, x: Tensor) -> None:
+        """The solve is over: running statistics inside f take the values of an evaluation at its solution x."""
+        last = self._last
+        if self._f.buffered and not (last is not None and last.dtype == x.dtype and torch.equal(last, x)):
+            with torch.no_grad():  # the last evaluation judged a claim, or was beyond the best iterate
+                self(x.detach())
         self._f.settle()
 
 
@@ -145,9 +149,9 @@ class OneRow(Map):
         state: State = self.f.state(self.apart(rows))
         return state
 
-    def commit_buffers(self) -> None:
+    def commit_buffers(self, x: Tensor) -> None:
         assert isinstance(self.f, FunctionMap), "of a map of the user's"
-        self.f.commit_buffers()
+        self.f.commit_buffers(self.apart(x))
 
 
 class _LinearOneRow(OneRow, LinearMap):
