@@ -18,8 +18,8 @@ import torch
 
 from standins import FOLDERS, write_cifar, write_mnist
 
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("search", max_examples=500)
+hypothesis.settings.register_profile("same", max_examples=20, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 

@@ -21,10 +21,8 @@ from implicitdl.statespace import (
 from spaces import close, inputs, random_space, seeds, sizes, tight
 
 layouts = st.sampled_from([StateSpace.to_dense, StateSpace.to_sparse])
-laws = settings(max_examples=20, deadline=None)
 
 
-@laws
 @given(seeds, sizes, sizes, sizes, layouts, layouts)
 def test_cascade(seed, p, middle, q, outer, inner):
     m2, m1, u = outer(random_space(seed, middle, q)), inner(random_space(seed + 1, p, middle)), inputs(seed, p)
@@ -34,7 +32,6 @@ def test_cascade(seed, p, middle, q, outer, inner):
     assert whole.blocks == m2.blocks + m1.blocks
 
 
-@laws
 @given(seeds, sizes, sizes, sizes, sizes)
 def test_cascade_is_associative(seed, p, r, s, q):
     m3, m2, m1 = random_space(seed, s, q), random_space(seed + 1, r, s), random_space(seed + 2, p, r)
@@ -45,7 +42,6 @@ def test_cascade_is_associative(seed, p, r, s, q):
     assert left.blocks == right.blocks
 
 
-@laws
 @given(seeds, sizes, sizes, layouts, layouts)
 def test_sum_difference_and_multiples(seed, p, q, one, other):
     a, b, u = one(random_space(seed, p, q)), other(random_space(seed + 1, p, q)), inputs(seed, p)
@@ -57,7 +53,6 @@ def test_sum_difference_and_multiples(seed, p, q, one, other):
     assert close(tight(a * 3, u), 3 * ya)
 
 
-@laws
 @given(seeds, sizes, st.lists(sizes, min_size=1, max_size=3), layouts)
 def test_concatenation(seed, p, outputs, layout):
     models, u = [random_space(seed + i, p, q) for i, q in enumerate(outputs)], inputs(seed, p)
@@ -65,7 +60,6 @@ def test_concatenation(seed, p, outputs, layout):
     assert close(tight(concatenate(*models), u), torch.cat([tight(m, u) for m in models], 1))
 
 
-@laws
 @given(seeds, st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3), layouts)
 def test_direct_sum(seed, shapes, layout):
     models = [random_space(seed + i, p, q) for i, (p, q) in enumerate(shapes)]
@@ -75,7 +69,6 @@ def test_direct_sum(seed, shapes, layout):
     assert close(tight(direct_sum(*models), torch.cat(parts, 1)), expected)
 
 
-@laws
 @given(seeds, sizes, sizes, sizes, sizes, layouts)
 def test_affine_maps_before_and_after(seed, outside, p, q, result, layout):
     g = torch.Generator().manual_seed(seed)
@@ -88,14 +81,12 @@ def test_affine_maps_before_and_after(seed, outside, p, q, result, layout):
     assert close(tight(whole, u), tight(model, u @ Q.t() + shift) @ P.t() + offset)
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_an_output_activation(seed, p, q, layout):
     model, u = layout(random_space(seed, p, q)), inputs(seed, p)
     assert close(tight(activate(model, TANH), u), torch.tanh(tight(model, u)))
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_residual_connections(seed, p, q, layout):
     model, u = layout(random_space(seed, p, p)), inputs(seed, p)
@@ -135,7 +126,6 @@ def test_feedback_is_the_outer_fixed_point(seed, p, q, one, other):
     assert close(tight(closed, u), expected)
 
 
-@laws
 @given(seeds, sizes, sizes)
 def test_feedback_by_the_formula(seed, p, q):
     m1, m2 = small(random_space(seed, p, q)), small(random_space(seed + 1, q, p))

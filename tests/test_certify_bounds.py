@@ -297,7 +297,6 @@ class TestExactness:
 
 
 class TestLines:
-    @settings(max_examples=150, deadline=None)
     @given(kind=st.sampled_from(ALL), ends=st.tuples(st.floats(-8, 8), st.floats(-8, 8)), share=st.floats(0, 1))
     def test_they_hold_the_activation(self, kind, ends, share):
         low, high = sorted(ends)

@@ -179,11 +179,11 @@ class TestRun:
         monkeypatch.setattr(DEQ, "forward", watched)
         write_mnist(tmp_path / "FashionMNIST" / "raw")
         small = ["train", "--data", "fashion-mnist", "--root", str(tmp_path), "--holdout", "0.5", "--batch-size", "16"]
-        small += ["--model", "deq-conv", "--channels", "8", "--inner-channels", "8", "--halvings", "2"]
+        small += ["--model", "deq-dense", "--hidden-dim", "8"]
         if launched:
             monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
         precision = [] if launched else ["--precision", "bf16"]
-        assert main([*small, "--cells", "1", "--epochs", "1", *precision, "--out", folder]) == 0
+        assert main([*small, "--epochs", "1", *precision, "--out", folder]) == 0
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         tested = capsys.readouterr().out.splitlines()[-3:]
         # One step is tried in float32 before anything is written; what follows is all in bfloat16.

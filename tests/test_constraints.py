@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
@@ -39,7 +39,6 @@ def reference_projection(v: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 @pytest.mark.float64
-@settings(max_examples=300, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 30), st.floats(-6, 6), st.floats(0.05, 0.99), st.integers(0, 2**31),
 )  # fmt: skip
@@ -52,7 +51,6 @@ def test_projection_is_that_of_sorting(rows, columns, log_size, kappa, seed):
     assert RowProjection(kappa=kappa).contains(A)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.floats(-3, 3), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31))
 def test_balls_contain_their_images_in_every_dtype(n, log_size, dtype, seed):
     v = (torch.randn(n, n, generator=torch.Generator().manual_seed(seed)) * 10**log_size).to(dtype)

@@ -234,7 +234,6 @@ OPTION = st.integers(1, 3)
 
 
 @pytest.mark.float64
-@settings(deadline=None, max_examples=25)
 @given(seeds, st.lists(st.tuples(OPTION, OPTION, st.integers(0, 2), OPTION), min_size=1, max_size=2), OPTION, OPTION,
        OPTION, st.booleans(), st.integers(4, 7), st.sampled_from(["zeros", "circular", "replicate", "reflect"]))  # fmt: skip
 def test_convolutions(seed, axes, groups, inside, out, bias, side, mode):

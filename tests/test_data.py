@@ -119,7 +119,6 @@ def test_dimensions_are_the_models() -> None:
 # fetching
 
 
-@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_a_fetched_batch_is_the_stack_of_its_samples(pixels: Images, data: st.DataObject) -> None:
     picked = data.draw(st.lists(st.integers(0, len(pixels) - 1), min_size=1, max_size=9))
@@ -496,7 +495,6 @@ def test_spiky_follows_its_seed_alone() -> None:
     assert not torch.equal(series(spiky(seed=2)), first)
 
 
-@settings(max_examples=30, deadline=None)
 @given(points=st.integers(20, 300), look_back=st.integers(1, 19), share=st.floats(0, 0.99))
 def test_spiky_splits_every_window(points: int, look_back: int, share: float) -> None:
     task = spiky(points=points, look_back=look_back, test_fraction=share, spike_length=10)
@@ -537,7 +535,6 @@ OPERATIONS = {
 
 
 @pytest.mark.float64
-@settings(max_examples=40, deadline=None)
 @given(
     task=st.sampled_from(sorted(OPERATIONS)),
     ends=st.tuples(*[st.lists(st.integers(0, 7), min_size=2, max_size=2, unique=True).map(sorted)] * 2),

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -92,7 +92,6 @@ def problems(draw: st.DrawFn, sizes: tuple[float, ...] = (0.3, 0.9, 0.99)) -> Dr
 
 
 class TestSolutions:
-    @settings(max_examples=60, deadline=None)
     @given(problems())
     def test_figures_are_those_of_the_returned_value(self, problem):
         f, rtol = problem.f, RTOL[problem.dtype]
@@ -103,7 +102,6 @@ class TestSolutions:
         assert (solution.steps >= 1).all()
         assert (solution.steps < 300).all()
 
-    @settings(max_examples=60, deadline=None)
     @given(problems(sizes=(0.3, 0.8)))
     def test_the_solution_is_that_of_picard_at_double_precision(self, problem):
         f = Equilibrium(problem.f.A.double(), problem.f.b.double(), problem.f.activation)
@@ -115,7 +113,6 @@ class TestSolutions:
         allowed = 5 * (RTOL[problem.dtype] + 20 * torch.finfo(problem.dtype).eps) * x.norm(dim=1)
         assert ((found - x).abs().amax(dim=1) <= allowed + 1e-20).all()
 
-    @settings(max_examples=40, deadline=None)
     @given(problems(sizes=(0.9, 1.5, 4.0)))
     def test_outside_the_ball_the_verdict_is_honest(self, problem):
         solution = solve(problem.f, problem.x0)
@@ -135,7 +132,6 @@ class TestSolutions:
                 true, told = residual_of(f, solution.value), solution.residual
                 assert close(told[told < 1e30], true[told < 1e30], torch.float64), (size, most)
 
-    @settings(max_examples=40, deadline=None)
     @given(problems(), st.integers(1, 5))
     def test_few_steps(self, problem, most):
         solution = solve(problem.f, problem.x0, max_steps=most)
@@ -144,7 +140,6 @@ class TestSolutions:
         assert torch.equal(solution.converged, solution.residual <= RTOL[problem.dtype])
         assert close(solution.residual, residual_of(problem.f, solution.value), problem.dtype)
 
-    @settings(max_examples=30, deadline=None)
     @given(problems(), st.sampled_from([1e-3, 1.0]))
     def test_absolute_tolerance(self, problem, atol):
         rtol = RTOL[problem.dtype]
@@ -153,7 +148,6 @@ class TestSolutions:
         assert (solution.residual <= rtol).all()
         assert close(solution.residual, residual_of(problem.f, solution.value, atol / rtol), problem.dtype)
 
-    @settings(max_examples=40, deadline=None)
     @given(problems())
     def test_the_adjoint_is_that_of_a_dense_solve(self, problem):
         A, g = problem.f.A, problem.f.b
@@ -211,7 +205,6 @@ class TestSolutions:
 
 
 class TestRowsAlone:
-    @settings(max_examples=25, deadline=None)
     @given(problems(sizes=(0.9, 0.99)))
     def test_a_row_does_not_know_its_batch_nor_the_threads(self, problem):
         f, x0 = problem.f, problem.x0
@@ -604,7 +597,6 @@ def layouts(v: Tensor) -> list[Tensor]:
 
 
 class TestRowScaling:
-    @settings(max_examples=50, deadline=None)
     @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 999))
     def test_forward_and_backward_are_autograds(self, m, n, dtype, seed):
         torch.manual_seed(seed)
@@ -668,7 +660,6 @@ class TestRowScaling:
 
 
 class TestNorms:
-    @settings(max_examples=50, deadline=None)
     @given(m=st.integers(1, 9), n=st.integers(1, 70) | st.sampled_from([511, 512, 513, 1024, 5000]), two=st.booleans())
     def test_are_torchs(self, m, n, two):
         dtype = [torch.float64, torch.float32][two]
@@ -685,7 +676,6 @@ class TestNorms:
         change, size = loops.norms(torch.zeros(3, 40), fx)
         assert torch.isfinite(change).tolist() == torch.isfinite(size).tolist() == [True, False, False]
 
-    @settings(max_examples=50, deadline=None)
     @given(m=st.integers(1, 9), n=st.integers(1, 70) | st.sampled_from([511, 512, 513, 1024, 5000]), two=st.booleans())
     def test_the_aitken_step_is_torchs(self, m, n, two):
         x, fx, before = torch.randn(3, m, n, dtype=[torch.float64, torch.float32][two])

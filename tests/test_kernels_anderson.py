@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,7 +48,6 @@ lengths = st.integers(12, 81) | st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 3 
 
 
 class TestIterates:
-    @settings(max_examples=60, deadline=None)
     @given(
         d=lengths,
         batch=st.integers(1, 5),
@@ -108,7 +107,6 @@ class TestIterates:
 
 
 class TestSamplesAlone:
-    @settings(max_examples=25, deadline=None)
     @given(d=lengths, batch=st.integers(2, 6), slowest=st.floats(0.1, 0.98))
     def test_a_sample_does_not_know_its_batch_nor_the_threads(self, d, batch, slowest):
         # From easy to hard, so that samples leave one by one and the others go on in a smaller batch.

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from implicitdl import (
@@ -73,7 +73,6 @@ def circular(kernel: torch.Tensor):
 
 
 class TestTheSet:
-    @settings(max_examples=60, deadline=None)
     @given(
         st.integers(1, 30), st.floats(-4, 3), st.floats(0.01, 0.99), st.sampled_from([torch.float32, torch.float64]),
         st.integers(0, 2**31),
@@ -85,7 +84,6 @@ class TestTheSet:
         assert lowest(A) >= m - n * torch.finfo(dtype).eps * max(1.0, float(A.abs().max()))
 
     @pytest.mark.float64
-    @settings(max_examples=40, deadline=None)
     @given(st.integers(1, 12), st.integers(0, 12), st.floats(0, 100), st.integers(0, 2**31))
     def test_every_member_has_a_free_matrix_also_on_the_boundary(self, n, rank, turn, seed):
         g = torch.Generator().manual_seed(seed)
@@ -353,7 +351,6 @@ class TestConvolutionalSet:
         assert constraint(torch.zeros(2, 2, 2, 3, 3)).abs().max() < 1e-15
         assert torch.autograd.gradcheck(constraint, torch.randn(2, 1, 1, 3, 3, requires_grad=True), fast_mode=True)
 
-    @settings(max_examples=20, deadline=None)
     @given(st.floats(-3, 2), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31))
     def test_every_size_of_weights_in_every_dtype(self, log_size, dtype, seed):
         raw = torch.randn(2, 3, 3, 3, 3, generator=torch.Generator().manual_seed(seed)) * 10**log_size

@@ -23,7 +23,6 @@ def weights(space):
     return torch.cat([M.to_dense().flatten() for M in space.matrices])
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, sizes, st.floats(0.05, 0.95), rules, layouts)
 def test_the_bound_is_never_violated(seed, p, q, keep, rule, layout):
     space, u = random_space(seed, p, q, kappa=0.9), inputs(seed, p)
@@ -34,7 +33,6 @@ def test_the_bound_is_never_violated(seed, p, q, keep, rule, layout):
     assert pruning.space.is_sparse == layout(space).is_sparse
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, sizes, st.floats(0.05, 0.95), rules)
 def test_what_stays_is_as_it_was_and_as_much_as_asked(seed, p, q, keep, rule):
     space, u = random_space(seed, p, q), inputs(seed, p)
@@ -144,7 +142,6 @@ def test_float32():
 # ---- refit
 
 
-@settings(max_examples=20, deadline=None)
 @given(seeds, sizes, sizes, layouts)
 def test_refitting_recovers_lost_weights_that_others_can_replace(seed, p, q, layout):
     # Inputs on a line: one weight a row can do the work of all of B's and D's.

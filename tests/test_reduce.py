@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from implicitdl import ArgumentError, StateSpace
@@ -31,7 +31,6 @@ from implicitdl.statespace import (
 from spaces import HOMOGENEOUS, close, inputs, random_space, seeds, sizes, tight
 
 layouts = st.sampled_from([StateSpace.to_dense, StateSpace.to_sparse])
-laws = settings(max_examples=30, deadline=None)
 
 
 # ---- Perron–Frobenius
@@ -53,7 +52,6 @@ def inverse_of_gap(A, t):
     return torch.linalg.inv(torch.eye(len(A)) - A.abs() / t)
 
 
-@settings(max_examples=100, deadline=None)
 @given(seeds, st.integers(1, 9), st.integers(1, 4), layouts)
 def test_the_root_is_where_the_gap_has_a_positive_inverse(seed, n, blocks, layout):
     A = reducible(seed, n, blocks)
@@ -84,7 +82,6 @@ def test_known_roots(A, root):
     assert perron_root(A.double()) == pytest.approx(root, rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
 @given(seeds, st.integers(1, 9), st.integers(1, 4), st.floats(1e-4, 0.5), layouts)
 def test_weights_make_the_matrix_a_contraction(seed, n, blocks, room, layout):
     A = reducible(seed, n, blocks)
@@ -118,7 +115,6 @@ def test_no_weights_where_the_root_is_too_large():
         perron_weights(A, 1.0)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds, st.floats(0.1, 0.999))
 def test_spread_is_an_upper_bound_however_it_is_solved(seed, kappa):
     space = random_space(seed, 2, 2, kappa=kappa)
@@ -133,7 +129,6 @@ def test_spread_is_an_upper_bound_however_it_is_solved(seed, kappa):
 # ---- equivalences
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_permutations(seed, p, q, layout):
     space, u = layout(random_space(seed, p, q)), inputs(seed, p)
@@ -148,7 +143,6 @@ def test_permutations(seed, p, q, layout):
         assert torch.allclose(M.to_dense(), N.to_dense(), rtol=rounding, atol=0)
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_positive_scaling(seed, p, q, layout):
     space, u = layout(random_space(seed, p, q, kinds=HOMOGENEOUS)), inputs(seed, p)
@@ -158,7 +152,6 @@ def test_positive_scaling(seed, p, q, layout):
     assert close(other.solve(u).value * v, space.solve(u).value, atol=1e-7)
 
 
-@laws
 @given(seeds, sizes, layouts, st.floats(0.5, 0.999))
 def test_rescaling_a_stack_to_the_ball(seed, p, layout, kappa):
     # Cascades have ‖A‖∞ well above 1 and λ_pf below that of their parts.
@@ -177,7 +170,6 @@ def test_rescaling_in_float32_keeps_the_promise_to_its_rounding():
     assert norm_inf(other.A) <= 0.7 * (1 + space.n * torch.finfo(torch.float32).eps)
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_eliminating_the_diagonal(seed, p, q, layout):
     space, u = random_space(seed, p, q, kinds=(RELU, IDENTITY), kappa=0.8), inputs(seed, p)
@@ -195,7 +187,6 @@ def test_eliminating_the_diagonal(seed, p, q, layout):
     assert close(original.read_out(x, u), y, atol=1e-7)
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_eliminating_linear_states(seed, p, q, layout):
     space, u = layout(random_space(seed, p, q, kinds=(RELU, IDENTITY, TANH), blocks=4)), inputs(seed, p)
@@ -236,7 +227,6 @@ def padded(seed, p, q, kinds=(RELU, TANH, IDENTITY)):
     return core, StateSpace(A, B, C, core.D, b_x, core.b_y, blocks=blocks)
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_useless_states_go(seed, p, q, layout):
     core, space = padded(seed, p, q)
@@ -252,7 +242,6 @@ def test_useless_states_go(seed, p, q, layout):
     assert close(tight(least, u), tight(space, u))
 
 
-@laws
 @given(seeds, sizes, sizes, layouts)
 def test_proportional_rows_are_merged(seed, p, q, layout):
     core, u = random_space(seed, p, q, kinds=(RELU, LEAKY_RELU, TANH), blocks=2, density=1.0), inputs(seed, p)
@@ -294,7 +283,6 @@ def test_a_constant_loop_is_folded_to_the_last_digits():
     assert abs(folded.b_y.item() - 4.0) < 1e-13
 
 
-@laws
 @given(seeds, sizes, sizes, layouts, st.floats(0.01, 1.0))
 def test_reduction_on_a_box_is_exact_on_the_box(seed, p, q, layout, radius):
     space = random_space(seed, p, q, kinds=(RELU, LEAKY_RELU, HARDTANH, TANH), blocks=4)
@@ -307,7 +295,6 @@ def test_reduction_on_a_box_is_exact_on_the_box(seed, p, q, layout, radius):
     assert close(tight(reduced, u), tight(space, u), atol=1e-9)
 
 
-@laws
 @given(seeds, sizes, st.floats(0.01, 1.0), layouts)
 def test_bounds_hold_on_the_box(seed, p, radius, layout):
     space = layout(random_space(seed, p, 2))

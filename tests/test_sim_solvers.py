@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 
 from implicitdl import ArgumentError
 from implicitdl.activations import TANH
@@ -226,7 +226,6 @@ def test_too_few_steps_are_reported_and_warned():
     assert (found.A.abs().sum(dim=1) <= 0.99).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 6), p=st.integers(0, 6), m=st.integers(1, 30), seed=st.integers(0, 99),
     lam=st.sampled_from([0.0, 1e-8, 1e-4, 0.1, 10.0]), kappa=st.sampled_from([1e-3, 0.5, 0.99, INF]),
@@ -246,7 +245,6 @@ def test_properties(n, p, m, seed, lam, kappa, ridge, spread):
     assert (report.objective >= found.report.objective - found.report.gap - 1e-12).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 400), radius=st.floats(1e-3, 0.999))
 def test_rounding_never_leaves_the_ball(seed, size, radius):
     A = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))

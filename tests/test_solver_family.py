@@ -157,7 +157,6 @@ class TestNewton:
         assert int(solution.steps) == f.calls
 
     @pytest.mark.float64
-    @settings(deadline=None, max_examples=40)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 40), kappa=st.floats(0.1, 0.97))
     def test_on_relu_models_it_ends_after_few_steps_at_the_exact_solution(self, seed, n, kappa):
         torch.manual_seed(seed)
@@ -168,7 +167,6 @@ class TestNewton:
         assert solution.residual.max() < 1e-13
 
     @pytest.mark.float64
-    @settings(deadline=None, max_examples=30)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
     def test_monotone_models_of_any_size_of_a(self, seed, n):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 from implicitdl import (
@@ -78,7 +78,6 @@ def network(seed=0, widths=(3, 6, 5, 4), kinds=(TANH, RELU, SIGMOID), batch=7):
 # ---- the equation
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, sizes)
 def test_the_solution_satisfies_the_equation(seed, p, q):
     space, u = random_space(seed, p, q), inputs(seed, p)
@@ -91,7 +90,6 @@ def test_the_solution_satisfies_the_equation(seed, p, q):
     assert close(space(u), solution.value @ space.C.t() + u @ space.D.t() + space.b_y, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, sizes, sizes)
 def test_sparse_is_dense(seed, p, q):
     space, u = random_space(seed, p, q), inputs(seed, p)
@@ -103,7 +101,6 @@ def test_sparse_is_dense(seed, p, q):
     assert all(torch.equal(M, N) for M, N in zip(again.matrices, space.matrices, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_a_large_sparse_loop_is_iterated_sparse(seed):
     # Few enough nonzeros that the loop's own matrix stays sparse.
@@ -111,7 +108,6 @@ def test_a_large_sparse_loop_is_iterated_sparse(seed):
     assert close(tight(space.to_sparse(), u), tight(space, u))
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds)
 def test_a_sample_does_not_depend_on_its_batch(seed):
     space, u = random_space(seed, 3, 2), inputs(seed, 3)
@@ -176,7 +172,6 @@ def test_two_loops_report_the_worse():
     assert f.shape == solution.value.shape
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_the_reported_residual_bounds_that_of_the_whole_state(seed):
     space = random_space(seed, 2, 2, kappa=0.95) @ random_space(seed + 1, 2, 2, kappa=0.9)
@@ -370,7 +365,6 @@ def test_a_long_chain_of_blocks():
     assert space(torch.ones(1, 1, dtype=torch.float64)).item() == pytest.approx(expected, rel=4e-16 * n, abs=0.0)
 
 
-@settings(max_examples=100, deadline=None)
 @given(seeds)
 def test_components_against_the_closure(seed):
     g = torch.Generator().manual_seed(seed)
@@ -388,7 +382,6 @@ def test_components_against_the_closure(seed):
         assert {int(t) for node in group for t in arcs[node].nonzero()} <= seen
 
 
-@settings(max_examples=50, deadline=None)
 @given(seeds)
 def test_partition_undoes_assemble(seed):
     g = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from implicitdl._internal import errors, store
@@ -69,7 +69,6 @@ JSON = LEAVES | st.deferred(lambda: st.lists(JSON, max_size=4) | st.dictionaries
 
 
 @given(value=JSON)
-@settings(max_examples=30, deadline=None)
 def test_meta_comes_back(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("c")
     store.save(folder, {}, {"value": value})
