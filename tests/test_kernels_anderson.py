@@ -65,6 +65,19 @@ class TestIterates:
         assert torch.allclose(compiled.x, plain.x, rtol=1e-6, atol=1e-8)
         assert torch.equal(compiled.stats.steps, plain.stats.steps)
 
+    @pytest.mark.parametrize("rate", [0.99, 0.9, -0.9])
+    def test_of_a_jacobian_of_rank_one_end_as_soon(self, rate):
+        # All differences are parallel, and a memory of two has a singular least-squares problem.
+        for n in (12, 20, 100):
+            u, v = torch.randn(2, n)
+            f = Equilibrium(rate * torch.outer(u, v) / (u @ v), torch.randn(3, n), IDENTITY)
+            compiled = solve(f, Anderson())
+            with torch_alone():
+                plain = solve(f, Anderson())
+            assert compiled.all_converged
+            assert plain.all_converged
+            assert int((compiled.stats.steps - plain.stats.steps).abs().max()) <= 2
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("memory", [1, 5, 12])
     def test_take_as_long_to_the_solution(self, memory, dtype):

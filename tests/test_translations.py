@@ -42,6 +42,25 @@ def test_names():
         _ = implicitdl.nothing
 
 
+def test_a_function_given_to_the_layer_is_given_to_its_maker():
+    with pytest.raises(ArgumentError, match=r"deq\(f, z0\) is DEQ\(f\)\(u\)"):
+        DEQ(lambda x, u: 0.5 * x + u)(lambda z: 0.5 * z, torch.zeros(2, 3))
+
+
+def test_a_function_of_the_state_alone_and_a_keyword_for_the_start():
+    u = torch.ones(2, 3)
+    with pytest.raises(ArgumentError, match=r"state and args, 2 in all.*fixed_point\(f, x0\)"):
+        DEQ(lambda z: 0.5 * z + u)(u)
+    with pytest.raises(TypeError, match="z0 is x0"):
+        fixed_point(lambda z: 0.5 * z + u, z0=u)
+    with pytest.raises(TypeError, match="f's own"):  # is not put into other words
+
+        def f(x, u):
+            raise TypeError("f's own")
+
+        fixed_point(f, u, u)
+
+
 def test_vectors_in_two_batch_dimensions_are_told_how_to_be_rows():
     with pytest.raises(ArgumentError, match=r"u.flatten\(0, 1\) .*ImplicitRNN"):
         ImplicitModel(6, 3, 8)(torch.zeros(2, 5, 6))

@@ -24,7 +24,7 @@ from .solvers import Auto, Newton, Solver
 
 def fixed_point(
     f: Callable[..., State],
-    x0: State | None,
+    x0: State | None = None,
     *args: Tensor,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -157,7 +157,7 @@ def solve(
     return found
 
 
-def root(g: Callable[..., State], x0: State, *args: Tensor, **options: Any) -> Solution:
+def root(g: Callable[..., State], x0: State | None = None, *args: Tensor, **options: Any) -> Solution:
     """Solve g(x, \\*args) = 0, with the options of `fixed_point`.
 
     The reported residual is ‖J⁻¹g(x)‖ relative to ‖x‖, the length of the Newton correction, J = ∂g/∂x: how far the
@@ -186,6 +186,10 @@ class _Downhill(nn.Module):
     def __init__(self, g: Callable[..., State]) -> None:
         super().__init__()
         self.g = g
+
+    @property
+    def __wrapped__(self) -> Callable[..., State]:
+        return self.g
 
     def forward(self, x: State, *args: Tensor) -> State:
         gx = self.g(x, *args)

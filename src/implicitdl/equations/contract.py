@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._internal.context import autocast_dtype
 from .._internal.errors import wrong
@@ -51,6 +52,13 @@ class Contract:
             fx = f(x, *args)
         except RuntimeError as error:
             raise self._in_words(error, first, parts, args) from error
+        except TypeError as error:
+            if not first or _takes(f, 1 + len(args)):
+                raise
+            raise wrong(
+                self._who, f"f to take the state and args, {1 + len(args)} in all", f"one that does not ({error})",
+                "A function of the state alone, as torchdeq takes, goes to fixed_point(f, x0).",
+            ) from error  # fmt: skip
         for (name, tensor), mark in zip(given.items(), before, strict=True):
             if mark.changed(tensor):
                 raise wrong(self._who, f"f to leave {name} as it is", "an operation on it in place", _IN_PLACE)
@@ -132,6 +140,17 @@ class _Mark:
             return False
         same = (self._value == tensor) | (self._value.isnan() & tensor.isnan())
         return not bool(same.all())
+
+
+def _takes(f: Callable[..., Any], number: int) -> bool:
+    """Whether f can be called with so many arguments, by its signature, if it has one."""
+    f = inspect.unwrap(f)
+    f = f.forward if isinstance(f, nn.Module) else f
+    try:
+        inspect.signature(f).bind(*range(number))
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)
+    return True
 
 
 def _memory(tensor: Tensor) -> int | None:

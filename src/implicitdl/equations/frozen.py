@@ -43,7 +43,7 @@ class Frozen:
     """
 
     def __init__(self, f: Callable[..., Any]) -> None:
-        self._f = f
+        self._f = self.__wrapped__ = f
         self._modules = list(modules_of(f))
         self._first = True
         # The generators before the first evaluation; None where it drew nothing.

@@ -73,11 +73,11 @@ class Correction(Residual):
         else:
             # In many dimensions, a guess; a long step passes over what is near its end, a short one sees it.
             length = np.repeat(10 * guess[None], len(size), axis=0)
-            near = (length <= rtol * size + atol).all(axis=0)
+            near = np.asarray((length <= rtol * size + atol).all(axis=0))
             if before is not None and near.any():
                 self.probed = near.astype(np.int64)
                 length[:, near] = 10 * _beside(f, state, before[0].detach(), r, near)[near]
-                near &= (size > 2 * self.first_size).any(axis=0) & np.isfinite(length).all(axis=0)
+                near = np.asarray(near & (size > 2 * self.first_size).any(axis=0) & np.isfinite(length).all(axis=0))
                 if near.any() and not torch.is_inference_mode_enabled():
                     self.probed = self.probed + near
                     length[:, near & _idle(f, state, 2 * self.first_size.max(axis=0))] = np.inf

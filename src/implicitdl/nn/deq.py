@@ -199,7 +199,8 @@ def _inputs(u: tuple[Any, ...]) -> tuple[Tensor, ...]:
     for part in parts:
         if not isinstance(part, Tensor) or part.dim() == 0:
             got = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
-            raise wrong("DEQ", "u of tensors (batch, ...)", got, "Let f close over what is no data.")
+            do = "torchdeq's deq(f, z0) is DEQ(f)(u) here" if callable(part) else "Let f close over what is no data"
+            raise wrong("DEQ", "u of tensors (batch, ...)", got, f"{do}.")
     return parts
 
 
