@@ -43,6 +43,7 @@ _CONSTRAINTS: dict[str | None, Any] = {
 _SOLVERS: dict[str, type[solvers.Solver]] = {
     "auto": solvers.Auto,
     "picard": solvers.Picard,
+    "momentum": solvers.Momentum,
     "aitken": solvers.Aitken,
     "anderson": solvers.Anderson,
     "broyden": solvers.Broyden,

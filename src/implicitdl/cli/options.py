@@ -35,7 +35,7 @@ T = TypeVar("T")
 MODELS = ("implicit", "deq-dense", "deq-conv", "monotone-conv")
 CONSTRAINTS = ("row-scaling", "row-projection", "soft-row-scaling", "monotone")
 SOLVERS = (
-    "auto", "picard", "aitken", "anderson", "broyden", "newton", "peaceman-rachford", "forward-backward",
+    "auto", "picard", "momentum", "aitken", "anderson", "broyden", "newton", "peaceman-rachford", "forward-backward",
 )  # fmt: skip
 # Newton's method on the adjoint, which is linear, needs the inverse that is asked for. GMRES needs no matrix.
 GRAD_SOLVERS = (*(name for name in SOLVERS if name != "newton"), "gmres")
@@ -120,7 +120,9 @@ class Options:
 
     solver: str = _solving("auto", "Solver; auto is peaceman-rachford with a monotone A.", SOLVERS)
     start: str = _solving("zero", "Start of a deq model in training.", ("zero", "random"), needs=_DEQ)
-    damping: float | None = _solving(None, "Damping in (0, 2].", damping, needs={"solver": ("picard", "anderson")})
+    damping: float | None = _solving(
+        None, "Damping in (0, 2].", damping, needs={"solver": ("picard", "momentum", "anderson")}
+    )
     memory: int | None = _solving(
         None, "Number of previous steps in memory.", positive_int, needs={"solver": ("anderson", "broyden")}
     )

@@ -1,4 +1,4 @@
-"""The solver family: each is a frozen dataclass of its settings with `init` and `step`; the loop is in stage.py."""
+"""The solvers: each is a frozen dataclass of its settings with `init` and `step`; the loop is `loop.iterate`."""
 
 from .aitken import Aitken
 from .anderson import Anderson
@@ -6,6 +6,7 @@ from .auto import Auto
 from .base import Solver
 from .broyden import Broyden
 from .gmres import GMRES
+from .momentum import Momentum
 from .newton import Newton
 from .picard import Picard
 from .splitting import ForwardBackward, PeacemanRachford
@@ -20,6 +21,7 @@ __all__ = [
     "Broyden",
     "ForwardBackward",
     "InverseEstimate",
+    "Momentum",
     "Newton",
     "PeacemanRachford",
     "Picard",

@@ -37,6 +37,7 @@ from ..solvers import (
     Auto,
     Broyden,
     ForwardBackward,
+    Momentum,
     Newton,
     PeacemanRachford,
     Picard,
@@ -159,6 +160,7 @@ SOLVERS: list[Solver] = [
     Newton(),
     Newton(dense=False),
     GMRES(),
+    Momentum(max_steps=5000, damping=0.5),
 ]
 # What also solves maps that expand, and what solves monotone models, whatever the size of A.
 EXPANDING_SOLVERS: list[Solver] = [
