@@ -53,11 +53,14 @@ def test_a_function_of_the_state_alone_and_a_keyword_for_the_start():
         DEQ(lambda z: 0.5 * z + u)(u)
     with pytest.raises(TypeError, match="z0 is x0"):
         fixed_point(lambda z: 0.5 * z + u, z0=u)
-    with pytest.raises(TypeError, match="f's own"):  # is not put into other words
 
-        def f(x, u):
-            raise TypeError("f's own")
 
+def test_a_type_error_of_fs_own_is_not_put_into_other_words():
+    def f(x, u):
+        raise TypeError("f's own")
+
+    u = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="f's own"):
         fixed_point(f, u, u)
 
 
