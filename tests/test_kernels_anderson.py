@@ -64,7 +64,7 @@ class TestIterates:
         with torch_alone():
             plain = solve(f, solver)
         # Both round, and the least squares multiplies that by the condition of a memory of nearly parallel vectors.
-        assert torch.allclose(compiled.x, plain.x, rtol=digits(1e-6, 1e-2), atol=digits(1e-8, 1e-2))
+        assert torch.allclose(compiled.x, plain.x, rtol=digits(1e-6, 1e-4), atol=digits(1e-8, 1e-4))
         assert torch.equal(compiled.stats.steps, plain.stats.steps)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
