@@ -27,6 +27,7 @@ from implicitdl import (
     root,
 )
 from implicitdl.nn import WarmStart
+from precision import digits
 
 by_solver = pytest.mark.parametrize("solver", [Auto(), Picard(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)
 ADJOINTS = [
@@ -42,6 +43,11 @@ ADJOINTS = [
 def gradients(deq: DEQ, layer: nn.Module, u: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(1)
     return list(torch.autograd.grad((deq(u) ** 2 + deq(u)).sum(), [u, *layer.parameters()]))
+
+
+def agree(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    close = digits(1e-6, 1e-3)  # the derivative of the last iterate lags behind its value
+    torch.testing.assert_close(ours, exact, rtol=close, atol=close)
 
 
 @pytest.fixture
@@ -64,8 +70,7 @@ class TestUnrolledFromTheSolution:
             return torch.tanh(0.6 * layer(x) + u)
 
         unrolled = gradients(DEQ(f, solver=solver, adjoint=Unrolled(checkpoint=again)), layer, u)
-        for got, exact in zip(unrolled, gradients(DEQ(f, solver=solver), layer, u), strict=True):
-            torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+        agree(unrolled, gradients(DEQ(f, solver=solver), layer, u))
 
     @by_solver
     def test_the_whole_batch_by_a_warm_start(self, layer, u, solver):
@@ -74,8 +79,7 @@ class TestUnrolledFromTheSolution:
 
         deq = DEQ(f, solver=solver, adjoint=Unrolled(), x0=WarmStart())
         deq(u)
-        for got, exact in zip(gradients(deq, layer, u), gradients(DEQ(f), layer, u), strict=True):
-            torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+        agree(gradients(deq, layer, u), gradients(DEQ(f), layer, u))
 
     @by_solver
     def test_with_noise_in_f(self, layer, u, solver):
@@ -83,8 +87,7 @@ class TestUnrolledFromTheSolution:
             return torch.tanh(0.6 * F.dropout(layer(x), 0.2) + u)
 
         unrolled = gradients(DEQ(f, solver=solver, adjoint=Unrolled()), layer, u)
-        for got, exact in zip(unrolled, gradients(DEQ(f), layer, u), strict=True):
-            torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+        agree(unrolled, gradients(DEQ(f), layer, u))
 
     def test_a_map_that_does_not_contract_there_is_an_error(self, u):
         with pytest.raises(ArgumentError, match=r"Unrolled: expected a map that contracts.*ImplicitAdjoint"):
@@ -120,7 +123,7 @@ class TestInPlaceOnASolution:
         x = root(lambda x, a: 0.3 * (x * x - a), torch.ones(2, 1), a).value
         x *= 2
         x.sum().backward()
-        torch.testing.assert_close(a.grad, torch.full((2, 1), 0.5**0.5), rtol=1e-6, atol=0)
+        torch.testing.assert_close(a.grad, torch.full((2, 1), 0.5**0.5), rtol=digits(1e-6, 1e-5), atol=0)
 
     def test_of_the_state_of_a_model(self):
         model, u = ImplicitModel(6, 3, 8), torch.randn(4, 6)
@@ -191,7 +194,7 @@ class TestNoiseInThreads:
         with ThreadPoolExecutor(4) as pool:
             for x, g in pool.map(solved, range(24)):
                 # x = 0.9 m x + a with m of 0 or 1: x = 1 or 10, and so is its derivative.
-                torch.testing.assert_close(g, x, rtol=1e-8, atol=0)
+                torch.testing.assert_close(g, x, rtol=digits(1e-8, 1e-4), atol=0)
 
     def test_a_thread_that_draws_elsewhere_is_found(self, layer, u):
         count = iter(range(10**6))

@@ -33,7 +33,6 @@ class Wrapped:
         return self.space
 
 
-@functools.cache
 def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     data = load("digits", 100)
     train, test = data.train_ds, data.test_ds
@@ -47,8 +46,12 @@ def cross_entropy(model: ImplicitModel, u: torch.Tensor, labels: torch.Tensor, s
 LOSSES = {"standard": cross_entropy, "certified": CertifiedLoss(eps=EPS, ramp=100, wait=20)}
 
 
-@functools.cache
 def trained(how: str) -> ImplicitModel:
+    return trained_in(torch.get_default_dtype(), how)
+
+
+@functools.cache
+def trained_in(dtype: torch.dtype, how: str) -> ImplicitModel:
     torch.manual_seed(0)
     u, labels, _, _ = digits()
     model = ImplicitModel(input_dim=64, output_dim=10, hidden_dim=20, bias=True, kappa=0.9)

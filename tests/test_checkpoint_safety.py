@@ -120,6 +120,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("path", "value", "words"), SETTINGS.values(), ids=SETTINGS.keys())
 def test_settings_are_checked_one_by_one(tmp_path, path, value, words):
     config, _ = saved(tmp_path, ImplicitModel(**SIZES))
@@ -189,6 +190,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("change", "words"), WEIGHTS.values(), ids=WEIGHTS.keys())
 def test_weights_are_held_against_the_model(tmp_path, change, words):
     config, tensors = saved(tmp_path, ImplicitModel(**SIZES))
@@ -196,6 +198,7 @@ def test_weights_are_held_against_the_model(tmp_path, change, words):
     assert words in refused(ImplicitModel, tmp_path)
 
 
+@pytest.mark.float64
 def test_the_weights_of_a_constraint_are_held_against_the_state(tmp_path):
     weighted = WeightedRowScaling(weights=torch.arange(1.0, 6.0))
     built, u = ImplicitModel(**SIZES, constraint=weighted), torch.randn(4, 3)
@@ -337,6 +340,7 @@ def pruned() -> ImplicitModel:
     return prune.random_unstructured(ImplicitModel(**SIZES), "A", amount=0.5)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("make", [Own, of_two_dtypes, with_more, pruned])
 def test_a_model_that_its_class_does_not_make_again(tmp_path, make):
     """It is refused by its own way, and a run keeps it by the names of its tensors."""

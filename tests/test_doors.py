@@ -24,7 +24,7 @@ class TestDtypeOfF:
             ArgumentError, match=r"f to return torch.float32.*got torch.float64. Start from x0 of torch.f"
         ):
             deq(torch.randn(33, 64, dtype=torch.float32))
-        deq(torch.randn(33, 64))
+        deq(torch.randn(33, 64, dtype=torch.float64))
 
     @by_solver
     def test_none_that_a_state_may_have_or_fewer_digits(self, solver):
@@ -36,9 +36,8 @@ class TestDtypeOfF:
     @by_solver
     def test_of_one_part_of_a_tuple(self, solver):
         with pytest.raises(ArgumentError, match=r"got \[torch.float64, torch.float32\]"):
-            fixed_point(
-                lambda s: (0.5 * s[0], (0.5 * s[1]).float()), (torch.ones(2, 3), torch.ones(2, 3)), solver=solver
-            )
+            x0 = torch.ones(2, 2, 3, dtype=torch.float64).unbind()
+            fixed_point(lambda s: (0.5 * s[0], (0.5 * s[1]).float()), x0, solver=solver)
 
     @by_solver
     def test_that_changes_on_the_way(self, solver):
@@ -51,7 +50,7 @@ class TestDtypeOfF:
         with pytest.raises(
             ArgumentError, match=r"f to return torch.float64, as in its first evaluation, got torch.float32"
         ):
-            fixed_point(f, torch.zeros(2, 3), solver=solver)
+            fixed_point(f, torch.zeros(2, 3, dtype=torch.float64), solver=solver)
 
     def test_autocast_decides_the_dtype_of_the_state(self):
         layer = nn.Linear(4, 4, dtype=torch.float32)

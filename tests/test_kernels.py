@@ -586,7 +586,7 @@ class TestThreadsAndProcesses:
     def test_memory_that_is_not_there_leaves_the_work_to_torch(self):
         f = Equilibrium(contraction(5, 0.8), torch.randn(3, 5))
         with mock.patch.object(
-            loops, "loops", return_value=mock.Mock(wraps=loops.loops(torch.float64), solve=lambda _: -1)
+            loops, "loops", return_value=mock.Mock(wraps=loops.loops(torch.get_default_dtype()), solve=lambda _: -1)
         ):
             assert torch.allclose(solve(f).value, solve(f).value)
             assert solve(f).converged.all()

@@ -20,6 +20,7 @@ from implicitdl.equations.map import Map
 from implicitdl.kernels import build, loops
 from implicitdl.kernels.anderson import Memory
 from implicitdl.loop.iterate import iterate
+from precision import digits
 
 pytestmark = pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler")
 
@@ -201,12 +202,12 @@ def test_strange_values_are_solved_by_torch():
     u = torch.randn(5, 40)
     found = fixed_point(f, torch.zeros(5, 40), u, solver=Anderson())
     assert found.converged.all()
-    assert torch.allclose(f(found.value, u), found.value, atol=1e-8)
+    assert torch.allclose(f(found.value, u), found.value, atol=digits(1e-8, 1e-4))
 
 
 class TestWhatDoesNotFitIsLeftToTorch:
     def test_the_factors_of_scaled_rows(self):
-        v, g = torch.randn(2, 6, 4)
+        v, g = torch.randn(2, 6, 4, dtype=torch.float64)
         _, scale = loops.scale_rows(v, 0.9)
         expected = loops.scale_rows_vjp(v, scale, g, 0.9)
         assert torch.equal(loops.scale_rows_vjp(v, torch.stack((scale, scale), -1)[..., 0], g, 0.9), expected)
@@ -215,8 +216,8 @@ class TestWhatDoesNotFitIsLeftToTorch:
         assert loops.scale_rows_vjp(v, scale, g[:, :3], 0.9) is None
 
     def test_the_source_of_a_cotangent(self):
-        v, slope, x = torch.randn(3, 5, 8)
-        source, scale = torch.randn(8, 8), torch.rand(8, 1)
+        v, slope, x = torch.randn(3, 5, 8, dtype=torch.float64)
+        source, scale = torch.randn(8, 8, dtype=v.dtype), torch.rand(8, 1, dtype=v.dtype)
         expected = loops.pull(v, slope, x, source, scale, 0.9)[0]
         apart = torch.stack((scale, scale), -1)[..., 0]
         assert torch.equal(loops.pull(v, slope, x, source, apart, 0.9)[0], expected)

@@ -92,7 +92,7 @@ class TestOneOutput:
         assert accuracy(nn.Identity(), bce, (U, soft), (U, LABELS.double())) is None
 
     def test_training_tells_the_same(self, tmp_path):
-        model = ImplicitModel(1, 1, 4)
+        model = ImplicitModel(1, 1, 4, dtype=torch.float64)
         opt = torch.optim.SGD(model.parameters(), lr=1e-9)
         with torch.no_grad():
             model.C.zero_()
@@ -128,7 +128,7 @@ class TestSeveralOutputs:
         words = f"labels from 0 to 2, one for each of 3 outputs, got {label}. Number the classes from 0"
         with pytest.raises(ArgumentError, match=words):
             accuracy(nn.Identity(), F.cross_entropy, batch)
-        model = nn.Linear(3, 3)
+        model = nn.Linear(3, 3, dtype=torch.float64)
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ArgumentError, match=words):
             train(model, [batch], [batch], opt, F.cross_entropy, 1, tmp_path / "run", progress=False)

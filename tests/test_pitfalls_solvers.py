@@ -19,6 +19,7 @@ from implicitdl import (
     fixed_point,
 )
 from implicitdl.testing import MONOTONE_SOLVERS, SOLVERS
+from precision import digits
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 
@@ -52,7 +53,7 @@ def test_a_sample_that_turns_nan_keeps_its_last_finite_iterate_is_flagged_and_le
     assert solution.converged[[0, 2]].all()
     # Line searches come back from beyond the edge, and find the second solution too.
     left = torch.linalg.vector_norm(f(solution.value, u) - solution.value, dim=1)
-    assert (left[solution.converged] < 1e-8).all()
+    assert (left[solution.converged] < digits(1e-8, 1e-4)).all()
     assert torch.isfinite(solution.value).all()
     assert torch.isfinite(solution.residual[1])
     assert torch.equal(solution.steps[[0, 2]], without.steps)
@@ -280,7 +281,8 @@ def test_the_returned_iterate_is_the_one_that_was_tested(solver):
 
     solution = fixed_point(f, torch.zeros(4, 5), b, solver=solver)
     fx = f(solution.value, b)
-    assert torch.allclose(solution.residual, (fx - solution.value).norm(dim=1) / fx.norm(dim=1), rtol=1e-6, atol=1e-15)
+    measured = (fx - solution.value).norm(dim=1) / fx.norm(dim=1)
+    assert torch.allclose(solution.residual, measured, rtol=1e-6, atol=digits(1e-15, 2e-7))
 
 
 @every_solver
@@ -315,8 +317,8 @@ def test_states_of_several_tensors_with_different_trailing_shapes(solver):
     u = torch.randn(4, 2)
     x, y = fixed_point(f, (torch.zeros(4, 2, 3), torch.zeros(4, 1)), u, solver=solver).value
     fx, fy = f((x, y), u)
-    assert torch.allclose(fx, x, atol=1e-8)
-    assert torch.allclose(fy, y, atol=1e-8)
+    assert torch.allclose(fx, x, atol=digits(1e-8, 1e-4))
+    assert torch.allclose(fy, y, atol=digits(1e-8, 1e-4))
 
 
 @every_solver

@@ -28,6 +28,7 @@ from implicitdl.statespace import (
     scale_states,
     spread,
 )
+from precision import digits
 from spaces import HOMOGENEOUS, close, inputs, random_space, seeds, sizes, tight
 
 layouts = st.sampled_from([StateSpace.to_dense, StateSpace.to_sparse])
@@ -49,7 +50,7 @@ def reducible(seed, n, blocks):
 
 def inverse_of_gap(A, t):
     """(I − |A|/t)⁻¹, which is non-negative exactly where t > λ_pf(|A|)."""
-    return torch.linalg.inv(torch.eye(len(A)) - A.abs() / t)
+    return torch.linalg.inv(torch.eye(len(A), dtype=torch.float64) - A.double().abs() / t)
 
 
 @given(seeds, st.integers(1, 9), st.integers(1, 4), layouts)
@@ -89,6 +90,7 @@ def test_weights_make_the_matrix_a_contraction(seed, n, blocks, room, layout):
     kappa = 1 / (1 + room)
     A = A * kappa**2  # so that λ_pf < κ by a factor of 1 + room
     v = perron_weights(layout(StateSpace(A, torch.zeros(n, 1), torch.zeros(1, n))).A, kappa)
+    A = A.double()
     assert (v >= 1).all()
     assert (A.abs() @ v <= kappa * v).all()
     # They are the least: v = max(1, |A|v/κ), up to the slack for rounding, over the loop's own amplification.
@@ -106,8 +108,8 @@ def test_weights_of_a_long_chain_and_of_a_large_nilpotent_matrix_have_the_smalle
 
 
 def test_no_weights_where_the_root_is_too_large():
-    A = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    assert torch.equal(perron_weights(A * 0.9, 0.9), torch.ones(2))  # ‖A‖∞ = κ exactly needs no rescaling
+    A = torch.tensor([[0.5, 0.5], [0.5, 0.5]], dtype=torch.float64)
+    assert torch.equal(perron_weights(A * 0.9, 0.9), torch.ones(2, dtype=torch.float64))  # ‖A‖∞ = κ exactly needs no rescaling
     for matrix in (A, 1e200 * A):
         with pytest.raises(ArgumentError, match=r"λ_pf\(\|A\|\) < κ = 0.9, got λ_pf\(\|A\|\) = 1"):
             perron_weights(matrix, 0.9)
@@ -118,9 +120,9 @@ def test_no_weights_where_the_root_is_too_large():
 @given(seeds, st.floats(0.1, 0.999))
 def test_spread_is_an_upper_bound_however_it_is_solved(seed, kappa):
     space = random_space(seed, 2, 2, kappa=kappa)
-    r = torch.rand(3, space.n, generator=torch.Generator().manual_seed(seed))
-    slopes = torch.cat([torch.full((k,), kind.lipschitz) for kind, k in space.blocks])
-    exact = torch.linalg.solve(torch.eye(space.n) - slopes.unsqueeze(1) * space.A.abs(), r.t()).t()
+    r = torch.rand(3, space.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    slopes = torch.cat([torch.full((k,), kind.lipschitz, dtype=torch.float64) for kind, k in space.blocks])
+    exact = torch.linalg.solve(torch.eye(space.n, dtype=torch.float64) - slopes.unsqueeze(1) * space.A.abs(), r.t()).t()
     found = spread(space, r)
     assert (found >= exact * (1 - 1e-14)).all()
     assert torch.allclose(found, exact, rtol=1e-5)
@@ -216,9 +218,10 @@ def padded(seed, p, q, kinds=(RELU, TANH, IDENTITY)):
     g = torch.Generator().manual_seed(seed + 7)
     unseen, still = 3, 2
     N = n + unseen + still
-    A, B, C, b_x = torch.zeros(N, N), torch.zeros(N, p), torch.zeros(q, N), torch.randn(N, generator=g)
+    A, B, C = (torch.zeros(shape, dtype=core.dtype) for shape in ((N, N), (N, p), (q, N)))
+    b_x = torch.randn(N, generator=g, dtype=core.dtype)
     A[:n, :n], B[:n], C[:, :n], b_x[:n] = core.A, core.B, core.C, core.b_x
-    A[n : n + unseen] = 0.05 * torch.randn(unseen, N, generator=g)  # they see everything, nobody sees them
+    A[n : n + unseen] = 0.05 * torch.randn(unseen, N, generator=g, dtype=core.dtype)  # they see everything, nobody sees them
     B[n : n + unseen] = torch.randn(unseen, p, generator=g)
     A[n + unseen :, n + unseen :] = 0.3 * torch.randn(still, still, generator=g)
     A[:n, n + unseen :] = 0.05 * torch.randn(n, still, generator=g)  # constants that feed the core
@@ -251,9 +254,9 @@ def test_proportional_rows_are_merged(seed, p, q, layout):
     copies = torch.randint(1, 4, (n,), generator=g)
     of = torch.arange(n).repeat_interleave(copies)
     scalable = torch.cat([torch.full((size,), kind.homogeneous) for kind, size in core.blocks])[of]
-    t = torch.where(scalable, 0.2 + 3 * torch.rand(len(of), generator=g), 1.0)
-    share = torch.rand(len(of), generator=g)
-    share = share / torch.zeros(n).index_add(0, of, share)[of]  # of what the copies give together
+    t = torch.where(scalable, 0.2 + 3 * torch.rand(len(of), generator=g, dtype=core.dtype), 1.0)
+    share = torch.rand(len(of), generator=g, dtype=core.dtype)
+    share = share / torch.zeros(n, dtype=core.dtype).index_add(0, of, share)[of]  # of what the copies give together
     spread_out = (share / t).unsqueeze(0)
     A = t.unsqueeze(1) * core.A[of][:, of] * spread_out
     blocks = [(kind, int(part.sum())) for (kind, _), part in zip(core.blocks, copies.split(core.sizes), strict=True)]
@@ -270,7 +273,7 @@ def test_different_rows_and_negative_multiples_are_not_merged():
     B = torch.tensor([[1.0], [-1.0], [2.0], [2.0]])
     space = StateSpace(torch.zeros(4, 4), B, torch.ones(1, 4), blocks=[(RELU, 3), (TANH, 1)])
     assert merge_proportional(space).n == 3  # 1 and 2 under ReLU; −1, and 2 under tanh, stay
-    nearly = torch.tensor([[1.0, 1.0], [2.0, 2.0 + 1e-12]])
+    nearly = torch.tensor([[1.0, 1.0], [2.0, 2.0 + digits(1e-12, 1e-5)]])
     assert merge_proportional(StateSpace(torch.zeros(2, 2), nearly, torch.ones(1, 2))).n == 2
 
 
@@ -287,10 +290,10 @@ def test_a_constant_loop_is_folded_to_the_last_digits():
 def test_reduction_on_a_box_is_exact_on_the_box(seed, p, q, layout, radius):
     space = random_space(seed, p, q, kinds=(RELU, LEAKY_RELU, HARDTANH, TANH), blocks=4)
     g = torch.Generator().manual_seed(seed)
-    center = torch.randn(p, generator=g)
+    center = torch.randn(p, generator=g, dtype=space.dtype)
     low, high = center - radius, center + radius
     reduced = reduce_on_box(layout(space), low, high)
-    u = low + (high - low) * torch.rand(20, p, generator=g)
+    u = low + (high - low) * torch.rand(20, p, generator=g, dtype=space.dtype)
     u = torch.cat((u, low.unsqueeze(0), high.unsqueeze(0)))
     assert close(tight(reduced, u), tight(space, u), atol=1e-9)
 
@@ -299,9 +302,9 @@ def test_reduction_on_a_box_is_exact_on_the_box(seed, p, q, layout, radius):
 def test_bounds_hold_on_the_box(seed, p, radius, layout):
     space = layout(random_space(seed, p, 2))
     g = torch.Generator().manual_seed(seed)
-    center = torch.randn(p, generator=g)
+    center = torch.randn(p, generator=g, dtype=space.dtype)
     lower, upper = pre_activation_bounds(space, center - radius, center + radius)
-    u = center + radius * (2 * torch.rand(50, p, generator=g) - 1).sign()
+    u = center + radius * (2 * torch.rand(50, p, generator=g, dtype=space.dtype) - 1).sign()
     z = space.pre_activation(space.solve(u).value, u)
     assert (lower <= z + 1e-9).all()
     assert (z <= upper + 1e-9).all()
@@ -314,12 +317,12 @@ def test_bounds_are_attained_where_the_model_is_monotone():
     lower, upper = pre_activation_bounds(space, torch.zeros(1), torch.ones(1))
     u = torch.tensor([[0.0], [1.0]])
     z = space.pre_activation(space.solve(u).value, u)
-    assert torch.allclose(torch.stack((lower, upper)), z, atol=1e-8)
+    assert torch.allclose(torch.stack((lower, upper)), z.double(), atol=digits(1e-8, 1e-4))
 
 
 def test_a_small_box_leaves_nothing_but_an_affine_map():
     space = random_space(2, 3, 2, kinds=(RELU, LEAKY_RELU))
-    center = torch.randn(3)
+    center = torch.randn(3, dtype=space.dtype)
     reduced = reduce_on_box(space, center - 1e-6, center + 1e-6)
     assert reduced.n == 0
     J = torch.autograd.functional.jacobian(lambda u: tight(space, u.unsqueeze(0))[0], center)

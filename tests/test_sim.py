@@ -74,7 +74,7 @@ class TestModel:
         assert type(sim.model.constraint) is ball
         assert report.weights.max() > 1.5
         fresh = torch.randn(100, 6)
-        torch.testing.assert_close(sim(fresh), teacher(fresh), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sim(fresh), teacher(fresh).double(), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_rows_are_in_the_ball_exactly_and_the_constraint_leaves_them(self, case, dtype):
@@ -131,7 +131,7 @@ class TestModel:
         large = float((states["Z"] @ torch.cat([states["X"], states["U"]]).t()).abs().max())
         sim.train(ADMMSolver(lambda_z=10 * large, lambda_y=10 * large), teacher, [states["U"].t()])
         assert not sim.model.A.any()
-        torch.testing.assert_close(sim.model.b_x.detach(), states["Z"].mean(1))
+        torch.testing.assert_close(sim.model.b_x.detach(), states["Z"].double().mean(1))
 
     def test_a_low_rank_solution_is_a_low_rank_model(self):
         sim = SIM(dtype=torch.float64)
@@ -145,10 +145,10 @@ class TestModel:
         with pytest.warns(SIMWarning):
             sim.train(LeastSquareSolver(), teacher, [u])
         assert isinstance(sim.model.constraint, Unconstrained)
-        torch.testing.assert_close(sim(u), teacher(u), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sim(u), teacher(u).double(), rtol=1e-5, atol=1e-6)
 
     def test_an_implicit_teacher_becomes_a_sparser_model(self):
-        teacher, u = ImplicitModel(6, 2, 12, dtype=torch.float64), torch.randn(300, 6)
+        teacher, u = ImplicitModel(6, 2, 12, dtype=torch.float64), torch.randn(300, 6, dtype=torch.float64)
         with torch.no_grad():
             teacher.A *= 3
         sim = SIM(dtype=torch.float64)
@@ -192,6 +192,7 @@ class TestReport:
         assert re.search(r"rows converged: 21 of 21, worst relative gap \d\.\de-\d+", words)
         assert re.search(r"states: 18 of 300 samples, in units of 1 to \d", words)
 
+    @pytest.mark.float64
     @pytest.mark.filterwarnings("ignore::implicitdl.sim.SIMWarning")  # nothing bounds A
     def test_a_gap_of_rounding_alone_is_none(self):
         """A teacher that least squares matches to the last digit: the gap is the objective, and both are rounding."""
@@ -239,7 +240,7 @@ class TestStates:
     def test_states_and_solvers_never_rescale(self):
         teacher, u = mlp(nn.ReLU), torch.randn(100, 6)
         states = SIM(dtype=torch.float64).get_states(teacher, [u])
-        torch.testing.assert_close(states["X"][8:], teacher[:2](u).detach().t())
+        torch.testing.assert_close(states["X"][8:], teacher[:2](u).detach().double().t())
 
     def test_mapped_states_give_the_same_model(self):
         teacher, u = mlp(nn.ReLU), torch.randn(300, 6)
@@ -338,7 +339,7 @@ class TestWeightedBall:
     v = torch.tensor([8.0, 2.0, 1.0], dtype=torch.float64)
 
     def test_it_is_the_plain_ball_in_other_units(self):
-        raw = 5 * torch.randn(3, 3)
+        raw = 5 * torch.randn(3, 3, dtype=torch.float64)
         S = torch.diag(self.v)
         expected = S @ RowScaling(0.9)(torch.linalg.inv(S) @ raw @ S) @ torch.linalg.inv(S)
         torch.testing.assert_close(WeightedRowScaling(0.9, weights=self.v)(raw), expected)
@@ -421,7 +422,7 @@ class TestPath:
             assert not getattr(refitted.model, name)[zero].any()
         assert refitted.report.norm <= 0.99
         y = teacher(u)
-        assert (refitted.model(u) - y).norm() < (plain.model(u) - y).norm()
+        assert (refitted.model(u.double()) - y).norm() < (plain.model(u.double()) - y).norm()
 
     def test_training_is_left_as_it_was(self, problem):
         teacher, u = problem

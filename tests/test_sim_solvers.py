@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import cvxpy
 import hypothesis.strategies as st
@@ -34,15 +35,17 @@ from implicitdl.sim.solvers.base_solver import warn_unbounded
 from implicitdl.sim.solvers.distributed import in_batches, same_states
 
 INF = math.inf
+DOUBLE = torch.float64  # in which solutions are, whatever the dtype of the states
 
 
-def problem(n=6, p=8, m=40, rows=5, lam=1e-2, kappa=0.7, ridge=0.0, seed=0, spread=0.0):
+def problem(n=6, p=8, m=40, rows=5, lam=1e-2, kappa=0.7, ridge=0.0, seed=0, spread=0.0, dtype=None):
     """Rows of which some lie on the ball; `spread` makes the inputs nearly rank-deficient."""
     g = torch.Generator().manual_seed(seed)
-    X = torch.randn(n, m, generator=g).relu()
-    U = torch.randn(p, m, generator=g) * torch.logspace(0, -spread, p)[:, None]
-    inside = torch.randn(rows, n, generator=g) / (4 * n) @ X + torch.randn(rows, p, generator=g) @ U
-    T = inside + torch.linspace(0, 2, rows)[:, None] * torch.randn(rows, m, generator=g)
+    normal = partial(torch.randn, generator=g, dtype=dtype)
+    X = normal(n, m).relu()
+    U = normal(p, m) * torch.logspace(0, -spread, p, dtype=dtype)[:, None]
+    inside = normal(rows, n) / (4 * n) @ X + normal(rows, p) @ U
+    T = inside + torch.linspace(0, 2, rows, dtype=dtype)[:, None] * normal(rows, m)
     return RowProblem(X=X, U=U, T=T, lam=lam, kappa=kappa, ridge=ridge)
 
 
@@ -58,17 +61,18 @@ def oracle(task: RowProblem) -> torch.Tensor:
         done = cvxpy.Problem(cvxpy.Minimize(loss + 0.5 * task.ridge * cvxpy.sum_squares(w)), ball)
         done.solve(solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
         values.append(done.value)
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def states(n=5, p=4, q=2, m=60, seed=0):
+def states(n=5, p=4, q=2, m=60, seed=0, dtype=None):
     """X, U, Z, Y of a small ReLU network, last layer first."""
     g = torch.Generator().manual_seed(seed)
-    U = torch.randn(p, m, generator=g)
-    first = torch.randn(n - 2, p, generator=g) / p @ U
-    last = torch.randn(2, n - 2, generator=g) @ first.relu()
+    normal = partial(torch.randn, generator=g, dtype=dtype)
+    U = normal(p, m)
+    first = normal(n - 2, p) / p @ U
+    last = normal(2, n - 2) @ first.relu()
     Z = torch.cat([last, first])
-    return Z.relu(), U, Z, torch.randn(q, 2, generator=g) @ last.relu()
+    return Z.relu(), U, Z, normal(q, 2) @ last.relu()
 
 
 CASES = [
@@ -105,7 +109,7 @@ def test_every_row_is_certified_and_as_good_as_the_oracles(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_zero_gap_at_the_optimum(case):
-    report = ADMMSolver(tol=1e-11).solve_rows(problem(**case)).report
+    report = ADMMSolver(tol=1e-11).solve_rows(problem(**case, dtype=DOUBLE)).report
     assert report.converged.all()
 
 
@@ -114,7 +118,7 @@ def test_the_gap_bounds_the_distance_from_the_optimum_of_any_feasible_row(case):
     task = problem(**case)
     best = ADMMSolver(tol=1e-11).solve_rows(task)
     for size in (1e-6, 1e-3, 1.0):
-        w = best.w + size * torch.randn(task.shape)
+        w = best.w + size * torch.randn_like(best.w)
         w[:, : task.n] = cast_inside(w[:, : task.n], w.dtype, task.kappa)
         report, _ = dual_gap(task, w, tol=0.0)
         excess = report.objective - best.report.objective
@@ -123,7 +127,7 @@ def test_the_gap_bounds_the_distance_from_the_optimum_of_any_feasible_row(case):
 
 
 def test_the_report_is_that_of_the_data():
-    task = problem()
+    task = problem(dtype=DOUBLE)
     found = ADMMSolver().solve_rows(task)
     residual = task.T - found.a @ task.X - found.b @ task.U
     objective = 0.5 * residual.square().sum(dim=1) + task.lam * found.w.abs().sum(dim=1)
@@ -132,7 +136,7 @@ def test_the_report_is_that_of_the_data():
 
 def test_karush_kuhn_tucker():
     """Written out: the gradient of every entry against λ, and against λ + τ in the ball."""
-    task = problem(lam=0.5, kappa=0.3)
+    task = problem(lam=0.5, kappa=0.3, dtype=DOUBLE)
     found = ADMMSolver(tol=1e-12).solve_rows(task)
     residual = task.T - found.a @ task.X - found.b @ task.U
     g_a, g_b = residual @ task.X.t(), residual @ task.U.t()
@@ -215,8 +219,8 @@ def test_warm_starts_end_where_cold_ones_do():
 
 
 def test_too_few_steps_are_reported_and_warned():
-    X, U, Z, Y = states()
-    noisy = Z + torch.randn(Z.shape)
+    X, U, Z, Y = states(dtype=DOUBLE)
+    noisy = Z + torch.randn_like(Z)
     with pytest.warns(
         SIMWarning, match=r"ADMMSolver: \d of 5 rows of \(A, B\) did not reach a relative duality gap of 1e-06"
     ):
@@ -237,7 +241,7 @@ def test_properties(n, p, m, seed, lam, kappa, ridge, spread):
     assert found.report.converged.all()
     assert (found.report.gap >= 0).all()
     assert (found.a.abs().sum(dim=1) <= kappa).all()
-    other = torch.randn(task.shape) * found.w.abs().amax()
+    other = torch.randn(task.shape, dtype=DOUBLE) * found.w.abs().amax()
     other[:, :n] = cast_inside(other[:, :n], other.dtype, kappa)
     report, _ = dual_gap(task, other, tol=0.0)
     assert (report.gap >= 0).all()
@@ -247,7 +251,7 @@ def test_properties(n, p, m, seed, lam, kappa, ridge, spread):
 
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 400), radius=st.floats(1e-3, 0.999))
 def test_rounding_never_leaves_the_ball(seed, size, radius):
-    A = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+    A = torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
     A = A / A.abs().sum(dim=1, keepdim=True) * radius
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         inside = cast_inside(A, dtype, radius)
@@ -289,7 +293,7 @@ def test_cvx_with_another_solver_in_groups_and_threads():
 
 def test_exact_matching():
     """m < d: of all exact matches the one of smallest ‖w‖₁, which is the limit of λ → 0."""
-    task = problem(n=4, p=12, m=6, rows=3, kappa=0.9)
+    task = problem(n=4, p=12, m=6, rows=3, kappa=0.9, dtype=DOUBLE)
     found = CVXSolver(regularized=False).solve_rows(task)
     torch.testing.assert_close(task.predicted(found.w), task.T, rtol=0, atol=1e-6)
     assert found.report.converged.all()
@@ -299,7 +303,7 @@ def test_exact_matching():
 
 
 def test_a_row_that_nothing_matches_is_named_infeasible():
-    task = problem(kappa=0.5)
+    task = problem(kappa=0.5, dtype=DOUBLE)
     with pytest.warns(SIMWarning, match=r"CVXSolver: 4 of 5 problems are not optimal, CLARABEL says: infeasible"):
         found = CVXSolver(regularized=False).solve_rows(task)
     assert not found.w[1:].any()
@@ -309,7 +313,7 @@ def test_a_row_that_nothing_matches_is_named_infeasible():
 
 
 def test_least_squares_says_when_nothing_bounds_a():
-    X, U, Z, Y = states()
+    X, U, Z, Y = states(dtype=DOUBLE)
     with pytest.warns(SIMWarning, match=r"LeastSquareSolver: ‖A‖∞ = .* is above κ = 0.1 by .*: the model need"):
         found = LeastSquareSolver().fit(X, U, Z, Y, {"kappa": 0.1})
     norm = float(found.hidden.norm.max())
@@ -362,7 +366,7 @@ def test_one_sided_asks_less():
         task = cvxpy.Problem(cvxpy.Minimize(0.5 * loss + 0.1 * size), [cvxpy.norm1(a) <= 0.4])
         task.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11)
         values.append(task.value)
-    torch.testing.assert_close(found.hidden.objective, torch.tensor(values), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(found.hidden.objective, torch.tensor(values, dtype=DOUBLE), rtol=1e-7, atol=1e-8)
 
 
 def test_one_sided_with_states_that_are_never_on():
@@ -378,7 +382,7 @@ def test_one_sided_with_states_that_are_never_on():
 
 @pytest.mark.parametrize("solver", [ADMMSolver, CVXSolver, LeastSquareSolver, ProjectedGDLowRankSolver])
 def test_intercepts_are_free(solver):
-    X, U, Z, Y = states()
+    X, U, Z, Y = states(dtype=DOUBLE)
     shifted = ADMMSolver if solver is None else solver
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SIMWarning)
@@ -387,7 +391,7 @@ def test_intercepts_are_free(solver):
     torch.testing.assert_close(found.b_x, same.b_x + 3, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.b_y, same.b_y - 2, rtol=1e-5, atol=1e-5)
     residual = Z + 3 - found.A @ X - found.B @ U - found.b_x[:, None]
-    torch.testing.assert_close(residual.mean(dim=1), torch.zeros(5), rtol=0, atol=1e-9)
+    torch.testing.assert_close(residual.mean(dim=1), torch.zeros(5, dtype=DOUBLE), rtol=0, atol=1e-9)
 
 
 def test_intercepts_are_those_of_an_unpenalised_column():
@@ -400,12 +404,12 @@ def test_intercepts_are_those_of_an_unpenalised_column():
         penalty = 0.1 * (cvxpy.norm1(a) + cvxpy.norm1(b))
         task = cvxpy.Problem(cvxpy.Minimize(loss + penalty), [cvxpy.norm1(a) <= 0.3])
         values.append(task.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11))
-    torch.testing.assert_close(found.hidden.objective, torch.tensor(values), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(found.hidden.objective, torch.tensor(values, dtype=DOUBLE), rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("intercept", [False, True])
 def test_regenerated_states_are_the_models_own(intercept):
-    X, U, Z, Y = states()
+    X, U, Z, Y = states(dtype=DOUBLE)
     solver = ADMMSolver(lambda_z=1e-2, lambda_y=1e-2, regen_states=True)
     found = solver.fit(X, U, Z, Y, {"kappa": 0.5, "activation_fn": TANH}, intercept=intercept)
     b = U.t() @ found.B.t() + (0.0 if found.b_x is None else found.b_x)
@@ -452,7 +456,7 @@ class Told(Ridge):
 
 
 def test_a_users_solver_gets_a_report():
-    X, U, Z, Y = states()
+    X, U, Z, Y = states(dtype=DOUBLE)
     found = Ridge().fit(X, U, Z, Y, intercept=True)
     assert found.hidden.gap.isinf().all()
     assert not found.hidden.converged.any()

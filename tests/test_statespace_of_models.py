@@ -57,7 +57,7 @@ OUTSIDE = StateSpace(
 def test_an_a_outside_of_the_ball_names_the_rescaling(constraint):
     with pytest.raises(ArgumentError, match=r"‖A‖∞ = 7\)\. .*implicitdl\.statespace\.rescale\(space, kappa=0\.99\)"):
         ImplicitModel.from_statespace(OUTSIDE, constraint=constraint)
-    u = torch.randn(4, 2)
+    u = torch.randn(4, 2, dtype=torch.float64)
     again = ImplicitModel.from_statespace(rescale(OUTSIDE, kappa=0.99), constraint=constraint, solver=None)
     torch.testing.assert_close(again(u), OUTSIDE(u), rtol=0, atol=1e-5)
 
