@@ -23,7 +23,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from implicitdl import ArgumentError, Auto, Equilibrium, ImplicitAdjoint, ImplicitModel, Solution, fixed_point
-from implicitdl.activations import HARDTANH, IDENTITY, LEAKY_RELU, RELU, Activation
+from implicitdl.activations import COMPILED, IDENTITY, LEAKY_RELU, RELU, Activation
 from implicitdl.constraints import RowScaling, Unconstrained
 from implicitdl.equations.equilibrium import EquilibriumAdjoint
 from implicitdl.equations.scaling import row_scale
@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.skipif(build.library(torch.float64) is None, reason="no C compiler"),
 ]
 
-PHI = [RELU, LEAKY_RELU, IDENTITY, HARDTANH]
+PHI = list(COMPILED)
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-10}
 BOTH = pytest.mark.parametrize("dtype", RTOL, ids=str)
 by_name = pytest.mark.parametrize("phi", PHI, ids=lambda phi: phi.name)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import implicitdl
 from implicitdl import DEQ, Anderson, fixed_point
+from implicitdl.activations import HARDTANH, RELU
 from implicitdl.equations.map import Map
 from implicitdl.kernels import build, loops
 from implicitdl.kernels.anderson import Memory
@@ -86,8 +87,8 @@ def every_door() -> None:
         with torch.no_grad():
             for _ in range(2):
                 for weights, b, x0, factors in replaced((A, x, y, slope)):
-                    loops.sweeps(weights, None, b, x0, loops.RELU, None, 1e-5, 0.0, 50, 2, 0.7, 40)
-                    loops.sweeps(weights, 0.9, b, None, loops.HARDTANH, None, 1e-5, 0.0, 1 << 40, 2, 0.7, 40)
+                    loops.sweeps(weights, None, b, x0, RELU.compiled, None, 1e-5, 0.0, 50, 2, 0.7, 40)
+                    loops.sweeps(weights, 0.9, b, None, HARDTANH.compiled, None, 1e-5, 0.0, 1 << 40, 2, 0.7, 40)
                     loops.sweeps(weights, None, b, x0, loops.SLOPE, factors, 1e-5, 0.0, 50, 2, 0.7, 40)
                 for v, factors, at, rows_of, s in replaced((x, slope, y, source, scale)):
                     loops.pull(v, factors, at, rows_of, s, 0.9)
@@ -228,7 +229,7 @@ class TestWhatDoesNotFitIsLeftToTorch:
 
     def test_more_steps_than_the_loop_counts(self):
         A, b = torch.zeros(3, 3), torch.ones(2, 3)
-        swept = loops.sweeps(A, None, b, None, loops.RELU, None, 1e-10, 0.0, 1 << 40, 2, 0.7, 40)
+        swept = loops.sweeps(A, None, b, None, RELU.compiled, None, 1e-10, 0.0, 1 << 40, 2, 0.7, 40)
         assert swept.unsolved == 0
 
     def test_what_torch_func_wraps(self):

@@ -156,8 +156,8 @@ ELU = Activation("elu", F.elu, lambda z: torch.exp(z.clamp(max=0)), (0.0, 1.0))
 SILU = Activation("silu", F.silu, _silu_slope, (1 - _SILU, _SILU))
 GELU = Activation("gelu", F.gelu, _gelu_slope, (1 - _GELU, _GELU))
 
-# Those that the compiled loop knows, in the order of its numbers (`phi` in sweeps.c).
-COMPILED = (RELU, LEAKY_RELU, IDENTITY, HARDTANH)
+# Those that the compiled loop knows, in the order of its numbers (`Phi` in phi.h).
+COMPILED = (RELU, LEAKY_RELU, IDENTITY, HARDTANH, TANH, SIGMOID, SOFTPLUS, ELU, SILU, GELU)
 for number, phi in enumerate(COMPILED):
     object.__setattr__(phi, "compiled", number)  # of these records alone: one made from them may have another φ
 del number, phi

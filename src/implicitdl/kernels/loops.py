@@ -178,7 +178,7 @@ def pull(
     return (out, w) if done else None
 
 
-RELU, LEAKY_RELU, IDENTITY, HARDTANH, SLOPE = range(5)
+SLOPE = 10  # of phi.h; smaller numbers are those of `activations.COMPILED`
 SLOW, DONE, STRANGE = range(3)
 
 

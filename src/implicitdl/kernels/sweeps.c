@@ -5,11 +5,11 @@
    chunks; one that is done leaves its chunk, and the chunk's last row takes its place.  What is computed for a row
    depends on nothing but the row. */
 
+#include "phi.h"
 #include "shrink.h"
 
 enum { WIDE = 3, CHUNK = 32 };
 
-enum Phi { RELU, LEAKY_RELU, IDENTITY, HARDTANH, SLOPE };
 /* What became of a row: too slow to go on with, done, or with numbers that this loop does not judge. */
 enum Status { SLOW, DONE, STRANGE, GOES_ON };
 
@@ -40,28 +40,7 @@ typedef struct {
 } Row;
 
 /* The vectors of the rows of a chunk, which move together; INNER is what is multiplied by A. */
-enum { X, Z, B, BEFORE, SLOPES, INNER, PARTS };
-
-/* Comparisons are such that NaN stays NaN. */
-static inline Vector activate(int phi, Vector z) {
-    Vector zero = {0}, one = zero + 1;
-    switch (phi) {
-    case RELU: return choose(z <= 0, zero, z);
-    case LEAKY_RELU: return choose(z <= 0, (REAL)0.01 * z, z);
-    case HARDTANH: return choose(z > 1, one, choose(z < -1, -one, z));
-    default: return z;
-    }
-}
-
-static inline Vector slope_of(int phi, Vector z) {
-    Vector zero = {0}, one = zero + 1;
-    switch (phi) {
-    case RELU: return choose(z > 0, one, zero);
-    case LEAKY_RELU: return choose(z > 0, one, zero + (REAL)0.01);
-    case HARDTANH: return choose((z > -1) & (z < 1), one, zero);
-    default: return one;
-    }
-}
+enum { X, Z, FX, B, BEFORE, SLOPES, INNER, PARTS };
 
 /* How many of the vectors that are left the next panel of A has: three, but never one where two and two do. */
 static ptrdiff_t panel_width(ptrdiff_t left) { return left == 4 ? 2 : left < WIDE ? left : WIDE; }
@@ -177,19 +156,19 @@ static void store(const Problem *p, const Row *row, const REAL *x, const REAL *z
 }
 
 /* Whether x and f(x) are 0 in every entry, and not only in the square of their norm. */
-static int is_zero(const Problem *p, const REAL *x, const REAL *z) {
+static int is_zero(const Problem *p, const REAL *x, const REAL *value) {
     for (ptrdiff_t i = 0; i < p->n; i++)
-        if (x[i] != 0 || activate(p->phi, (Vector){z[i]})[0] != 0) return 0;
+        if (x[i] != 0 || value[i] != 0) return 0;
     return 1;
 }
 
 /* Evaluation k of a row, of which z has just been computed: look, and step or store. */
 static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at, ptrdiff_t stride, int k) {
-    REAL *x = part[X] + at, *z = part[Z] + at, *before = part[BEFORE] + at;
+    REAL *x = part[X] + at, *z = part[Z] + at, *value = part[FX] + at, *before = part[BEFORE] + at;
     int phi = p->phi, period = p->set->period, remember = k % period == period - 1, extrapolate = k % period == 0;
     Vector size = {0}, change = {0}, dd = {0}, dr = {0};
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
-        Vector fx = activate(phi, AT(z + i)), r = fx - AT(x + i);
+        Vector fx = AT(value + i) = activate(phi, AT(z + i)), r = fx - AT(x + i);
         size += fx * fx;
         change += r * r;
         if (extrapolate) {
@@ -203,7 +182,7 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
     if (extrapolate && row->change > 4 * eps * sqrt(fx2)) row->reach = row->change / sqrt(sum(dd));
     row->change = sqrt(sum(change));
     int status = judge(p->set, row, sqrt(fx2), row->change, k);
-    if (fx2 == 0 && is_zero(p, x, z)) status = DONE, row->residual = 0;
+    if (fx2 == 0 && is_zero(p, x, value)) status = DONE, row->residual = 0;
     if (status == DONE) store(p, row, x, z);
     if (status == DONE || status == STRANGE) return status;
     double gamma = 0;
@@ -212,7 +191,7 @@ static int finish_step(const Problem *p, Row *row, REAL *const part[PARTS], ptrd
         gamma = fmin(fmax(sum(dr) / sum(dd), -p->set->longest), p->set->longest);
     REAL step = gamma, *inner = part[INNER] + at, *slopes = part[SLOPES] + at;
     for (ptrdiff_t i = 0; i < stride; i += LANES) {
-        Vector fx = activate(phi, AT(z + i)), next = fx - step * (fx - AT(x + i));
+        Vector fx = AT(value + i), next = fx - step * (fx - AT(x + i));
         AT(x + i) = next;
         if (phi == SLOPE) AT(inner + i) = next * AT(slopes + i);
     }
@@ -237,7 +216,10 @@ static REAL unit_of(const REAL *b, ptrdiff_t n) {
 static void load(const Problem *p, Row *row, REAL *const part[PARTS], ptrdiff_t at, ptrdiff_t stride) {
     ptrdiff_t from = row->id * p->n;
     *row = (Row){.id = row->id, .unit = p->phi == SLOPE ? unit_of(p->b + from, p->n) : 1, .best = DBL_MAX};
-    for (ptrdiff_t i = p->n; i < stride; i++) part[X][at + i] = part[B][at + i] = part[SLOPES][at + i] = 0;
+    /* Behind the last number f(x) is 0, too. */
+    REAL behind = p->phi == SIGMOID || p->phi == SOFTPLUS ? -INFINITY : 0;
+    for (ptrdiff_t i = p->n; i < stride; i++)
+        part[X][at + i] = part[SLOPES][at + i] = 0, part[B][at + i] = behind;
     REAL inverse = 1 / row->unit; /* exact, and so are products with it */
     for (ptrdiff_t i = 0; i < p->n; i++) part[B][at + i] = p->b[from + i] * inverse;
     if (p->x0)
