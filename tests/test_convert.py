@@ -377,7 +377,9 @@ def test_float32():
 
 
 def test_compressing_ordinary_layers_with_implicit_ones():
-    stack = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), ImplicitModel(4, 5, 6, tol=digits(1e-13, 1e-6)), nn.ReLU(), nn.Linear(5, 2))
+    stack = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), ImplicitModel(4, 5, 6, tol=digits(1e-13, 1e-6)), nn.ReLU(), nn.Linear(5, 2)
+    )
     one, u = compress(stack), torch.randn(7, 3)
     assert one.hidden_dim == 4 + 6 + 5
     assert torch.allclose(one(u), stack(u), rtol=0, atol=digits(1e-8, 1e-4))

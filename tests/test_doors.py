@@ -35,8 +35,8 @@ class TestDtypeOfF:
 
     @by_solver
     def test_of_one_part_of_a_tuple(self, solver):
+        x0 = torch.ones(2, 2, 3, dtype=torch.float64).unbind()
         with pytest.raises(ArgumentError, match=r"got \[torch.float64, torch.float32\]"):
-            x0 = torch.ones(2, 2, 3, dtype=torch.float64).unbind()
             fixed_point(lambda s: (0.5 * s[0], (0.5 * s[1]).float()), x0, solver=solver)
 
     @by_solver
