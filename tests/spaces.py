@@ -17,7 +17,9 @@ def random_space(seed, p, q, kinds=KINDS, blocks=3, kappa=0.7, density=0.6):
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64) * (torch.rand(*shape, generator=g, dtype=torch.float64) < density)
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * (
+            torch.rand(*shape, generator=g, dtype=torch.float64) < density
+        )
 
     pairs = [
         (kinds[int(torch.randint(len(kinds), (), generator=g))], int(torch.randint(1, 5, (), generator=g)))

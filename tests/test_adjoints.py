@@ -24,6 +24,7 @@ from implicitdl import (
 )
 from implicitdl.activations import RELU, TANH
 from implicitdl.testing import APPROXIMATE_ADJOINTS, EXACT_ADJOINTS, check_adjoint
+from precision import digits
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,6 @@ def dense_adjoint(A, b, x, g):
     return torch.linalg.solve(torch.eye(A.shape[0]) - J.transpose(1, 2), g.unsqueeze(2)).squeeze(2)
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_jacobian_against_a_dense_solve(closed_form):
     A, b, f = tanh_problem(n=20, batch=5)
@@ -63,11 +63,10 @@ def test_jacobian_against_a_dense_solve(closed_form):
     dA, db = torch.autograd.grad(x, (A, b), g)
     slope = 1 - x.detach() ** 2
     v = dense_adjoint(A.detach(), b.detach(), x.detach(), g) * slope
-    assert (db - v).abs().max() < 1e-8
-    assert (dA - v.t() @ x.detach()).abs().max() < 1e-8
+    assert (db - v).abs().max() < digits(1e-8, 1e-3)
+    assert (dA - v.t() @ x.detach()).abs().max() < digits(1e-8, 1e-3)
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("adjoint", APPROXIMATE_ADJOINTS, ids=repr)
 def test_phantom_gradient_is_the_cut_neumann_series(adjoint):
     A, b, f = tanh_problem()
@@ -79,7 +78,7 @@ def test_phantom_gradient_is_the_cut_neumann_series(adjoint):
     tau = adjoint.damping
     step = (1 - tau) * torch.eye(4) + tau * J.transpose(1, 2)
     v = sum(tau * (torch.linalg.matrix_power(step, k) @ g.unsqueeze(2)).squeeze(2) for k in range(adjoint.steps))
-    assert torch.allclose(db, v * (1 - x**2), atol=1e-9)
+    assert torch.allclose(db, v * (1 - x**2), atol=digits(1e-9, 1e-5))
 
 
 def test_phantom_gradient_keeps_the_value_whose_residual_is_reported():
@@ -115,7 +114,6 @@ def test_order_2_raises_at_the_third_derivative():
         torch.autograd.grad(second.pow(2).sum(), A)
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_order_2_in_one_backward_with_the_first_derivative(closed_form):
     # A gradient penalty: first- and second-order cotangents arrive at the solution in the same backward.
@@ -130,7 +128,7 @@ def test_order_2_in_one_backward_with_the_first_derivative(closed_form):
     ours = torch.autograd.grad(penalty(A, b, ImplicitAdjoint(order=2)), (A, b))
     unrolled = torch.autograd.grad(penalty(A, b, Unrolled()), (A, b))
     for one, other in zip(ours, unrolled, strict=True):
-        assert torch.allclose(one, other, atol=1e-8)
+        assert torch.allclose(one, other, atol=digits(1e-8, 1e-3))
 
 
 def test_order_2_costs_a_plain_backward_no_second_solve():
@@ -249,7 +247,6 @@ def test_every_weight_a_closure_uses_gets_its_gradient():
     assert all(weight.grad is not None for weight in block.parameters())
 
 
-@pytest.mark.float64
 def test_gradient_of_a_sample_does_not_depend_on_its_batch_mates():
     A, b, _ = tanh_problem(batch=6)
     A = A.detach()
@@ -262,7 +259,7 @@ def test_gradient_of_a_sample_does_not_depend_on_its_batch_mates():
 
     together = gradient(slice(0, 6))
     for i in range(6):
-        assert torch.allclose(gradient(slice(i, i + 1))[0], together[i], rtol=1e-9)
+        assert torch.allclose(gradient(slice(i, i + 1))[0], together[i], rtol=digits(1e-9, 1e-4))
 
 
 @pytest.mark.float64

@@ -55,7 +55,9 @@ def ulps(got, exact, dtype):
     """Off by how many units in the last place, of numbers that are normal."""
     info = torch.finfo(dtype)
     return [
-        float(abs(mp.mpf(g) - e) / (abs(e) * info.eps)) if abs(e) >= info.tiny else float(abs(mp.mpf(g) - e) / info.tiny)
+        float(abs(mp.mpf(g) - e) / (abs(e) * info.eps))
+        if abs(e) >= info.tiny
+        else float(abs(mp.mpf(g) - e) / info.tiny)
         for g, e in zip(got.tolist(), exact, strict=True)
     ]
 

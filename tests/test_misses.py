@@ -12,6 +12,7 @@ from implicitdl import (
     Auto,
     Broyden,
     ConvergenceError,
+    Equilibrium,
     ImplicitAdjoint,
     ImplicitFunctionWarning,
     Newton,
@@ -105,3 +106,13 @@ def test_a_solution_that_is_found_says_nothing():
         warnings.simplefilter("error")
         solution = fixed_point(lambda x: 0.5 * x + 1, torch.zeros(2, 1))
     assert solution.status.tolist() == [Status.CONVERGED] * 2
+
+
+@pytest.mark.parametrize("solver", [Auto(), Anderson(), Broyden(), Newton()], ids=repr)
+def test_a_state_whose_squares_overflow_is_not_said_to_expand(solver):
+    A = torch.tensor([[0.3, 0.4], [0.2, 0.5]], dtype=torch.float32)
+    f = Equilibrium(A, torch.full((1, 2), 1e27, dtype=torch.float32))
+    with pytest.warns(
+        ImplicitFunctionWarning, match="squares of the state overflow float32: measure it in other units"
+    ):
+        fixed_point(f, None, solver=solver)

@@ -22,8 +22,9 @@ from implicitdl import (
     Unrolled,
 )
 from implicitdl._internal.store import CheckpointError
-from implicitdl.activations import BUILTIN, RELU, TANH, Activation, from_function
+from implicitdl.activations import BUILTIN, MODULES, RELU, TANH, Activation, from_function
 from implicitdl.constraints import RowProjection, RowScaling, SoftRowScaling, Unconstrained, norm_inf
+from precision import digits
 
 SIZES = {"input_dim": 3, "output_dim": 2, "hidden_dim": 5}
 VARIANTS = {
@@ -106,7 +107,6 @@ def test_projected_gradient_differs_from_the_straight_through_one():
     assert not torch.allclose(built.A.grad, frozen.A.grad, rtol=0.1)
 
 
-@pytest.mark.float64
 def test_the_result_and_gradient_do_not_depend_on_the_start():
     built, u = model(), torch.randn(4, 3)
 
@@ -115,10 +115,9 @@ def test_the_result_and_gradient_do_not_depend_on_the_start():
         return y, *torch.autograd.grad(y.pow(2).sum(), list(built.parameters()))
 
     for one, other in zip(both(None), both(torch.randn(4, 5) * 3), strict=True):
-        assert torch.allclose(one, other, atol=1e-8)
+        assert torch.allclose(one, other, atol=digits(1e-8, 1e-3))
 
 
-@pytest.mark.float64
 def test_jacobian_against_a_dense_solve():
     built, u = model(), torch.randn(1, 3)
     J = torch.autograd.functional.jacobian(built, u)[0, :, 0]
@@ -126,7 +125,7 @@ def test_jacobian_against_a_dense_solve():
     x = built.solve(u).value[0]
     D = torch.diag((x > 0).to(x.dtype))
     expected = built.C @ torch.linalg.solve(torch.eye(5) - D @ A, D @ built.B) + built.D
-    assert (J - expected).abs().max() < 1e-8
+    assert (J - expected).abs().max() < digits(1e-8, 1e-4)
 
 
 def test_eval_changes_nothing_about_differentiability():
@@ -144,13 +143,12 @@ def test_solve_returns_the_full_solution():
     assert torch.allclose(built.read_out(solution.value, u), built(u))
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_sample_equals_its_row_of_the_batch(variant):
     built, u = model(3.0, **VARIANTS[variant]), torch.randn(6, 3)
     y = built(u)
     for i in range(6):
-        assert torch.allclose(built(u[i : i + 1])[0], y[i], rtol=1e-9, atol=1e-12)
+        assert torch.allclose(built(u[i : i + 1])[0], y[i], rtol=digits(1e-9, 1e-4), atol=digits(1e-12, 1e-5))
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4), (2, 3, 2, 2)])
@@ -253,7 +251,7 @@ def test_builtin_slopes_are_right(activation):
         assert torch.allclose(activation.phi(3.0 * z), 3.0 * activation.phi(z))
 
 
-@pytest.mark.float64
+@pytest.mark.float64  # the weights grow until the squares of a state overflow in float32
 def test_the_promise_holds_after_optimiser_steps():
     built = model(5.0)
     optimiser = torch.optim.SGD(built.parameters(), lr=10.0)
@@ -287,7 +285,6 @@ def test_deepcopy_pickle_state_dict_and_to(variant):
     assert built.float().double()(u.double()).dtype == torch.float64
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("no_D", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchidl_state_dicts_load_as_they_are(bias, no_D):
@@ -307,7 +304,7 @@ def test_torchidl_state_dicts_load_as_they_are(bias, no_D):
     expected = x @ theirs["C"].t()
     if not no_D:
         expected = expected + extended @ theirs["D"].t()
-    assert torch.allclose(built(u), expected)
+    assert torch.allclose(built(u), expected, atol=digits(1e-8, 1e-4))
 
 
 def test_save_and_load_pretrained(tmp_path):
@@ -411,3 +408,9 @@ def test_unconstrained_slope_needs_no_ball():
     built = ImplicitModel(**SIZES, activation=steep, f=ImplicitFunctionTriu)
     assert built.solve(torch.randn(2, 3)).converged.all()
     assert isinstance(ImplicitModel(**SIZES, f=ImplicitFunction).constraint, Unconstrained)
+
+
+def test_every_builtin_activation_is_known_by_torchs_module_too():
+    # Teachers are made of modules, by the names of records.
+    assert {phi.name for phi in MODULES.values()} == set(BUILTIN)
+    assert all(from_function(kind()) is phi for kind, phi in MODULES.items())

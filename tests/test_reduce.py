@@ -109,7 +109,9 @@ def test_weights_of_a_long_chain_and_of_a_large_nilpotent_matrix_have_the_smalle
 
 def test_no_weights_where_the_root_is_too_large():
     A = torch.tensor([[0.5, 0.5], [0.5, 0.5]], dtype=torch.float64)
-    assert torch.equal(perron_weights(A * 0.9, 0.9), torch.ones(2, dtype=torch.float64))  # ‖A‖∞ = κ exactly needs no rescaling
+    assert torch.equal(
+        perron_weights(A * 0.9, 0.9), torch.ones(2, dtype=torch.float64)
+    )  # ‖A‖∞ = κ exactly needs no rescaling
     for matrix in (A, 1e200 * A):
         with pytest.raises(ArgumentError, match=r"λ_pf\(\|A\|\) < κ = 0.9, got λ_pf\(\|A\|\) = 1"):
             perron_weights(matrix, 0.9)
@@ -221,7 +223,9 @@ def padded(seed, p, q, kinds=(RELU, TANH, IDENTITY)):
     A, B, C = (torch.zeros(shape, dtype=core.dtype) for shape in ((N, N), (N, p), (q, N)))
     b_x = torch.randn(N, generator=g, dtype=core.dtype)
     A[:n, :n], B[:n], C[:, :n], b_x[:n] = core.A, core.B, core.C, core.b_x
-    A[n : n + unseen] = 0.05 * torch.randn(unseen, N, generator=g, dtype=core.dtype)  # they see everything, nobody sees them
+    A[n : n + unseen] = 0.05 * torch.randn(
+        unseen, N, generator=g, dtype=core.dtype
+    )  # they see everything, nobody sees them
     B[n : n + unseen] = torch.randn(unseen, p, generator=g)
     A[n + unseen :, n + unseen :] = 0.3 * torch.randn(still, still, generator=g)
     A[:n, n + unseen :] = 0.05 * torch.randn(n, still, generator=g)  # constants that feed the core

@@ -28,6 +28,7 @@ from implicitdl.constraints import LowRank, RowProjection, SoftRowScaling, Uncon
 from implicitdl.statespace import Block
 from implicitdl.statespace.block_solve import components
 from implicitdl.statespace.matrices import assemble, partition, sparse
+from precision import digits
 from spaces import KINDS, close, inputs, random_space, seeds, sizes, tight
 
 SIZES = {"input_dim": 3, "output_dim": 2, "hidden_dim": 5}
@@ -243,13 +244,12 @@ def test_a_second_backward_through_the_same_model(layout):
 # ---- ImplicitModel
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("variant", MODELS)
 def test_a_model_and_its_matrices_agree(variant):
     model, u = built(**MODELS[variant]), torch.randn(6, 3)
     space = model.statespace()
-    assert close(space(u), model(u), atol=1e-9)
-    assert close(space.to_sparse()(u), model(u), atol=1e-9)
+    assert close(space(u), model(u), atol=digits(1e-9, 1e-4))
+    assert close(space.to_sparse()(u), model(u), atol=digits(1e-9, 1e-4))
     assert isinstance(space.blocks[0], Block)
 
 
@@ -261,14 +261,13 @@ def test_gradients_reach_the_free_parameters(variant):
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(direct, through, strict=True))
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize("variant", MODELS)
 def test_round_trip_through_the_matrices(variant):
     model, u = built(**MODELS[variant]), torch.randn(6, 3)
     rank = {"constraint": LowRank(rank=2)} if variant == "low-rank" else {}
     kept = {name: value for name, value in MODELS[variant].items() if name in ("f", "constraint")}
     again = ImplicitModel.from_statespace(model.statespace(), **(kept | rank))
-    assert close(again(u), model(u), atol=1e-8)
+    assert close(again(u), model(u), atol=digits(1e-8, 1e-4))
     assert again.bias == model.bias
     assert all(parameter.requires_grad for parameter in again.parameters())
 
@@ -297,7 +296,6 @@ def stack(**options):
     return nn.Sequential(*(ImplicitModel(p, q, n, bias=True, **options) for p, q, n in sizes))
 
 
-@pytest.mark.float64
 @pytest.mark.parametrize(
     ("options", "constraint"),
     [({}, "RowScaling"), ({"f": ImplicitFunctionTriu}, "StrictlyUpper"), ({"activation": SIGMOID}, "RowScaling")],
@@ -310,7 +308,7 @@ def test_compressing_a_stack(options, constraint):
     one = compress(models)
     assert type(one.constraint).__name__ == constraint
     assert one.hidden_dim == 14
-    assert close(one(u), models(u), atol=1e-8)
+    assert close(one(u), models(u), atol=digits(1e-8, 1e-3))
 
 
 @pytest.mark.float64

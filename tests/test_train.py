@@ -1005,7 +1005,8 @@ BAD = {
     "triples": ({"data": [(1, 2, 3)]}, "batches (input, target), got 3 parts"),
     "no target tensor": (
         {
-            "model": nn.Linear(6, 3, dtype=torch.float64), "loss_fn": lambda pred, target: pred.sum(),
+            "model": nn.Linear(6, 3, dtype=torch.float64),
+            "loss_fn": lambda pred, target: pred.sum(),
             "data": [(torch.zeros(2, 6, dtype=torch.float64), [0, 1])],
         },
         "targets to be a tensor with a row per sample, got a list",

@@ -26,7 +26,7 @@ class Activation:
         name: how it is called in a saved configuration.
         phi: z ↦ φ(z), elementwise.
         dphi: z ↦ φ'(z), elementwise.  At a kink, one of the one-sided slopes.
-        slope: (min φ', max φ').
+        slope: a lower and an upper bound of φ', (inf φ', sup φ') if they are known.
         homogeneous: whether φ(t z) = t φ(z) for t ≥ 0 (ReLU and its like).
 
     Attributes:

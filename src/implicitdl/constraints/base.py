@@ -54,7 +54,7 @@ class Constraint(nn.Module, ABC):
 
     @property
     def radius(self) -> float:
-        """κ / max|φ'|, the largest ‖A‖∞ of a member."""
+        """κ / max|φ'|: the largest ‖A‖∞ of a member, where the set is a ball of ‖·‖∞; of its own norm elsewhere."""
         return self.kappa / self.lipschitz
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Constraint(nn.Module, ABC):
             raise wrong(
                 f"{type(self).__name__}.right_inverse", f"a member of the set (‖A‖∞ ≤ {self.radius:.6g})",
                 f"‖A‖∞ = {norm_inf(A):.6g}",
-                "The constraint applied to A is one, though another matrix.",
+                "Pass constraint(A), which is a member, but another matrix.",
             )  # fmt: skip
         return A
 

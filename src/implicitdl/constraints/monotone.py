@@ -65,7 +65,7 @@ class Monotone(Constraint):
             raise wrong(
                 "Monotone.right_inverse", f"a member of the set (I − A ⪰ mI, m={self.m:.6g})",
                 f"a smallest eigenvalue of {monotonicity(A):.6g}",
-                "The constraint applied to A is one, though another matrix.",
+                "Pass constraint(A), which is a member, but another matrix.",
             )  # fmt: skip
         # From eigenvectors and QR, not by Cholesky, which stops at a singular matrix: on the boundary PᵀP is one.
         unit = self._eye(A)

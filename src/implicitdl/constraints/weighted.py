@@ -49,7 +49,7 @@ class WeightedRowScaling(Constraint):
             raise wrong(
                 "WeightedRowScaling.right_inverse", f"a member of the set (Σ_j |a_ij| v_j / v_i ≤ {self.radius:.6g})",
                 f"{float(self._in_units(A).abs().sum(dim=-1).max()):.6g}",
-                "The constraint applied to A is one, though another matrix.",
+                "Pass constraint(A), which is a member, but another matrix.",
             )  # fmt: skip
         return A
 

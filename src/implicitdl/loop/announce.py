@@ -12,6 +12,8 @@ from ..solvers import GMRES, Aitken, Anderson, Auto, Broyden, Newton, Picard, So
 from .iterate import SolveResult
 
 Direction = Literal["forward", "backward"]
+# Sums of squares overflow before the squares do.
+_LARGE = 0.01
 # A residual of fewer roundings than this is as small as the dtype lets it become on ordinary maps.
 _ROUNDINGS = 100
 
@@ -43,6 +45,12 @@ def _causes(result: SolveResult, solver: Solver, direction: Direction) -> str:
     stats = result.stats
     assert stats.status is not None, "a miss is not what the compiled loops end with"
     missed = ~stats.converged
+    dtype = result.x.dtype
+    # Of numbers so large, and of what f makes of them, the scalar products of the methods overflow.
+    large = result.x.detach().abs().amax(dim=1) > _LARGE * torch.finfo(dtype).max ** 0.5
+    if bool((missed & large).any()):
+        name = str(dtype).removeprefix("torch.")
+        return f"The squares of the state overflow {name}: measure it in other units, or compute in a wider dtype."
     sentences = []
     for status in (Status.NOT_FINITE, Status.RUNS_AWAY, Status.STALLED, Status.OUT_OF_STEPS):
         which = missed & (stats.status == status)

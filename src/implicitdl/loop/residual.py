@@ -25,21 +25,23 @@ class Residual:
 
     Of a state in parts it is the largest of theirs, so that no part hides behind a larger one.
 
-    A state that grows for ever has a small residual some time, as that of √(x² + 1) or of x + 1 has, where ‖x‖ has
-    become large and not where a solution is near.  Where a row has grown, it must be near one too: with the last step
-    s and the change y of f(x) − x on it, a solution is about ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of
-    the state's size.  The residual of a row that fails is this distance relative to the size, and 1 at most.
+    If a state grows without bound, as that of x + 1 or √(x² + 1) does, its relative residual becomes small at some
+    step, although no solution is near: ‖x‖ is simply large.  A row that has grown must therefore be near a solution
+    too.  Let s be the last step, and y the change of f(x) − x over that step.  Then a solution is about
+    ‖f(x) − x‖ ‖s‖ / ‖y‖ away, which must be at most √rtol of the state's size.  The residual of a row that fails is
+    this distance relative to the size, and 1 at most.
 
     A method that extrapolates may leap to where rounding hides every step: in float64 x + 1 is x from 1e16 on.  Such a
-    row is evaluated once more, halfway to 0.  A map changes f(x) − x by about (1 − J)(x − x*) between the two points,
-    far more than rounding unless J is 1 along the way: a number that shows no change there walks, and is no solution.
+    row is evaluated once more, halfway to 0.  Between the two points f(x) − x changes by about (1 − J) x/2.  Where J is
+    not 1 along the way, that is far more than rounding.  So a number that shows no change still drifts, and is no
+    solution.
 
     Arguments:
         first_size: (parts, batch)  ‖f(x)‖ where the solve began, if it has.
 
     Attributes:
-        probed: (batch,)  after a look, how many more evaluations each row has had; None if there were none.
-        vanishing: (parts, batch)  after a look, which parts have become so small that 0 may be the solution.
+        probed: (batch,)  extra evaluations that the last call made for each row; None if there were none.
+        vanishing: (parts, batch)  which parts had become so small at the last call that 0 may be the solution.
     """
 
     def __init__(self, first_size: np.ndarray | None) -> None:
@@ -70,8 +72,8 @@ class Residual:
 
         Arguments:
             before: x and f(x) of the evaluation before, if there was one.
-            probe: evaluate f at f(x) too where a claim has to be judged; of a method that tries points, the evaluation
-                before may have been far away.
+            probe: evaluate f at f(x) too where a claim has to be judged.  Methods that try points need it: their last
+                evaluation may be far away.
             exact: x was found without iteration, and its growth shows nothing.
             leaps: the method may have gone in one step to where rounding hides the steps of f.
         """
@@ -135,9 +137,9 @@ class Residual:
     ) -> np.ndarray:  # fmt: skip
         """Which of the rows hold a number that f moves nowhere nearer to a solution, (batch,).
 
-        On the ray through x first, by whose change a solution must be near, as by that of a step.  A number that shows
-        no change may be a copy of another, which has moved with it, and f(x) − x of a rotation is orthogonal to x: for
-        what is in doubt then each number moves by a part of its own, the same in every solve.
+        First x moves along the ray to 0, and the change tells how near a solution is, as that of a step does.  This can
+        be wrong: two numbers may be copies that move together, or f may be a rotation, whose f(x) − x is orthogonal to
+        x.  So doubtful rows are tried once more, with a random factor for each number; the seed is fixed.
         """
         assert self.first_size is not None, "seen by the caller"
         suspected, walks = None, np.zeros_like(rows)

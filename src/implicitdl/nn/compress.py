@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .._internal.errors import wrong
-from ..constraints import Unconstrained, norm_inf
+from ..constraints import RowScaling, Unconstrained
 from ..statespace import StateSpace, from_module, loop_gain, rescale
 from .function import ImplicitFunctionInf, ImplicitFunctionTriu
 from .model import ImplicitModel
@@ -60,7 +60,7 @@ def compress(stack: nn.Sequential, **options: Any) -> ImplicitModel:
         kappa = max(_KAPPA, (1 + gain) / 2)
         if whole.activation.homogeneous:
             whole = rescale(whole, kappa / whole.activation.lipschitz)
-        if norm_inf(whole.A) <= kappa / whole.activation.lipschitz:
+        if RowScaling(kappa, whole.activation.lipschitz).contains(whole.A):
             return ImplicitModel.from_statespace(whole, ImplicitFunctionInf, kappa=kappa, **options)
     return ImplicitModel.from_statespace(whole, constraint=Unconstrained, **options)
 

@@ -104,7 +104,8 @@ class Recorder(TorchDispatchMode):
         if not calls:
             raise wrong(
                 "get_states", "a teacher with activations", "none in its forward pass",
-                "If its activation is one of your own, write it as a module and name that: layers=['act'].",
+                "If its activation is one of your own, write it as a module and name that: layers=['act'] of SIM "
+                "or get_states.",
             )  # fmt: skip
         if skip_layers is not None:
             last = {id(call) for call in _last_of_blocks(self._network, "", calls, skip_layers)}

@@ -64,8 +64,8 @@ def scale_states(space: StateSpace, v: Tensor) -> StateSpace:
                 "scale_states", "v = 1 where φ is not positively homogeneous", f"{block.activation.name}",
                 "Only states under ReLU and its like can be measured in other units.",
             )  # fmt: skip
-    # The quotients are taken in v's own precision, so that a row that just fits still does after rounding.
-    v = v.to(space.device)
+    # The quotients are taken in the wider precision, so that a row that just fits still does after rounding.
+    v = v.to(space.device, torch.promote_types(v.dtype, space.dtype))
     A, B = space.A.to(v.dtype), space.B.to(v.dtype)
     return space.holding(
         A=scaled(A, 1 / v, v).to(space.dtype),
