@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion import images
-from sim_accuracy import SAMPLES, tutorial_teacher
+from fashion import images, tutorial_teacher
+from sim_accuracy import SAMPLES
 from timing import alternate, header
 from torch import Tensor
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from fashion import images
+from fashion import images, tutorial_teacher
 from timing import header
 from torch import Tensor, nn
 
@@ -31,7 +30,6 @@ from implicitdl.sim.solvers import ADMMSolver, BaseSolver, CVXSolver
 from implicitdl.statespace import magnitude, refit, sensitivity
 from implicitdl.statespace.prune import Scores
 
-SIZES = (784, 64, 32, 16, 10)
 SAMPLES, HELD_OUT = 2000, 10_000
 PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -65,20 +63,6 @@ RULES = {
 }
 
 Accuracies = dict[str, list[tuple[float, float]]]  # name → (share of the teacher's nonzeros, test accuracy)
-
-
-def tutorial_teacher(u: Tensor, y: Tensor, epochs: int = 5) -> nn.Sequential:
-    """The tutorial's network and training: Adam 0.01, batches of 128 in order, cross-entropies summed."""
-    torch.manual_seed(0)
-    first, *rest = (nn.Linear(into, out, bias=False) for into, out in pairwise(SIZES))
-    net = nn.Sequential(first, *(part for layer in rest for part in (nn.ReLU(), layer)))
-    optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(epochs):
-        for rows in torch.arange(len(u)).split(128):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(net(u[rows]), y[rows], reduction="sum").backward()
-            optimiser.step()
-    return net
 
 
 def matrices(net: nn.Sequential) -> StateSpace:

@@ -21,19 +21,24 @@ TASKS = {
     "step-100": (10, 200),
     "step-300": (4, 60),
     "step-1000": (2, 25),
+    "tanh-100": (10, 100),
+    "silu-100": (10, 100),
+    "gelu-100": (10, 100),
     "conv": (1, 15),
     "sim": (1, 5),
 }
 
 
-def training_step(n: int, batch: int) -> Callable[[], object]:
-    """Forward, backward and Adam, on Fashion-MNIST, from weights of 200 steps."""
+def training_step(n: int, batch: int, activation: str = "relu") -> Callable[[], object]:
+    """Forward, backward and Adam, on Fashion-MNIST, from weights that ReLU was trained to in 200 steps."""
     from fashion import images, stepper, trained
 
     from implicitdl import ImplicitModel
+    from implicitdl.activations import BUILTIN
 
     u, y = images()
-    model = ImplicitModel(input_dim=784, output_dim=10, hidden_dim=n, tol=1e-5, grad_tol=1e-5)
+    phi = BUILTIN[activation]
+    model = ImplicitModel(784, 10, n, activation=phi, tol=1e-5, grad_tol=1e-5)
     model.load_state_dict(trained(n, u, y, steps=200))
     return stepper(model, u, y, batch)
 
@@ -59,8 +64,7 @@ def conv() -> Callable[[], object]:
 def sim() -> Callable[[], object]:
     """All rows of the tutorial's problem."""
     import torch
-    from fashion import images
-    from sim_accuracy import tutorial_teacher
+    from fashion import images, tutorial_teacher
 
     from implicitdl.sim import get_states
     from implicitdl.sim.solvers import ADMMSolver
@@ -76,6 +80,8 @@ def task(name: str) -> Callable[[], object]:
     if name.startswith("step-"):
         n = int(name.removeprefix("step-"))
         return training_step(n, {100: 64, 300: 100, 1000: 256}[n])
+    if name.endswith("-100"):
+        return training_step(100, 64, name.removesuffix("-100"))
     return {"conv": conv, "sim": sim}[name]()
 
 
