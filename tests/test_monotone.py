@@ -28,6 +28,7 @@ from implicitdl import (
     Newton,
     PeacemanRachford,
     Picard,
+    Unrolled,
     fixed_point,
     viz,
 )
@@ -492,3 +493,9 @@ def test_a_spectral_ball_trains_too():
     assert abs(float(torch.linalg.matrix_norm(A.detach(), 2)) - 0.9) < 1e-12
     model(torch.randn(4, 3)).sum().backward()
     assert model.A.grad.abs().max() > 0
+
+
+def test_recomputed_steps_are_refused_to_a_splitting_solver_in_words():
+    model = ImplicitModel(4, 2, 6, constraint=Monotone(), adjoint=Unrolled(checkpoint=True))
+    with pytest.raises(ArgumentError, match=r"Unrolled\(checkpoint=True\): .*PeacemanRachford.* Use checkpoint=False"):
+        model(torch.randn(3, 4))

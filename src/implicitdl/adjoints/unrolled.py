@@ -45,6 +45,11 @@ class Unrolled(Adjoint):
                 "Use ImplicitAdjoint(), which costs one substitution.",
             )  # fmt: skip
         steps = _Recomputed(f) if self.checkpoint else f
+        if solver.serves(f) and not solver.serves(steps):
+            raise wrong(
+                "Unrolled(checkpoint=True)", "a solver that asks f for values alone",
+                f"{type(solver).__name__}, which reads what f is made of", "Use checkpoint=False, or another solver.",
+            )  # fmt: skip
         result = iterate(steps, x0, solver, trace=trace, graph=torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             return result
