@@ -98,7 +98,8 @@ def test_order_1_raises_at_the_second_derivative_and_only_there(closed_form):
     loss = ((x - target) ** 2).sum()
     plain = torch.autograd.grad(loss, (A, b), retain_graph=True)
     graph = torch.autograd.grad(loss, (A, b), create_graph=True)
-    assert all(torch.equal(p, q) for p, q in zip(plain, graph, strict=True))
+    # The slope of the one is the compiled loop's, that of the other torch's.
+    assert all(torch.allclose(p, q, rtol=digits(1e-12, 1e-5)) for p, q in zip(plain, graph, strict=True))
     # b and A through the map, target through the cotangent alone.
     for wanted in (A, b, target):
         with pytest.raises(RuntimeError, match=r"Pass adjoint=ImplicitAdjoint\(order=2\)"):

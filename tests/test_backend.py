@@ -37,7 +37,9 @@ def test_loops_that_are_there():
     one = found({torch.float32: KERNEL, torch.float64: KERNEL})
     assert (one.way, one.compiler, one.flags, one.cache) == ("compiled", "gcc", ("-O3", "-fopenmp"), "here")
     assert one.dtypes == (torch.float32, torch.float64)
-    assert one.activations == ("relu", "leaky_relu", "identity", "hardtanh")
+    assert one.activations == (
+        "relu", "leaky_relu", "identity", "hardtanh", "tanh", "sigmoid", "softplus", "elu", "silu", "gelu",
+    )  # fmt: skip
     assert {"Auto", "Anderson"} <= set(one.solvers)
     assert str(one).splitlines()[0].split() == ["way", "compiled:", "the", "loops", "are", "in", "place"]
     assert "float32, float64" in str(one)

@@ -303,7 +303,7 @@ BAD = {
     "--rank 3": "expected --rank together with --structure low-rank, got it alone",
     "--structure triangular --constraint row-scaling": "expected --constraint together with --structure dense",
     "--structure triangular --adjoint unrolled": "expected --adjoint exact or phantom with --structure triangular",
-    "--damping 0.5": "expected --damping together with --solver picard or anderson, got it alone",
+    "--damping 0.5": "expected --damping together with --solver picard or momentum or anderson, got it alone",
     "--solver picard --damping 3": "expected --damping in (0, 2], got 3.0",
     "--memory 3": "expected --memory together with --solver anderson or broyden",
     "--channels 8": "expected --channels together with --model deq-conv, got --model implicit",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -19,6 +21,22 @@ def test_a_small_part_is_not_hidden_by_a_large_one(solver):
     x, y = fixed_point(f, (torch.zeros(1, 3), torch.zeros(1, 2)), solver=solver, on_failure="raise").value
     assert torch.allclose(x, torch.full((1, 3), 1e6))
     assert torch.allclose(y, torch.full((1, 2), 1e-3), rtol=digits(1e-7, 1e-3), atol=0.0)
+
+
+class Pair(NamedTuple):
+    position: torch.Tensor
+    speed: torch.Tensor
+
+
+def test_a_named_tuple_stays_one():
+    u = torch.randn(2, 3, requires_grad=True)
+    zero = torch.zeros(2, 3)
+    solution = fixed_point(lambda s, u: Pair(0.5 * s.position + u, 0.3 * s.speed + s.position), Pair(zero, zero), u)
+    assert isinstance(solution.value, Pair)
+    assert torch.allclose(solution.value.position, 2 * u, rtol=digits(1e-8, 1e-4))
+    assert torch.allclose(solution.value.speed, 2 * u / 0.7, rtol=digits(1e-8, 1e-4))
+    solution.value.speed.sum().backward()
+    assert torch.allclose(u.grad, torch.full_like(u, 2 / 0.7), rtol=digits(1e-8, 1e-4))
 
 
 @pytest.mark.parametrize("solver", [Auto(), Anderson(), Picard(max_steps=5000)], ids=repr)

@@ -37,9 +37,9 @@ def scaled_on_the_way(n, count, dtype):
     v, b = raw(n, dtype), torch.randn(5, n, dtype=dtype)
     with threads(count):
         made, scale = loops.scale_rows(v, 0.9)
-        before = loops.sweeps(made, None, b, None, loops.RELU, None, *SETTINGS)
-        on_the_way = loops.sweeps(v, 0.9, b, None, loops.RELU, None, *SETTINGS)
-        strided = loops.sweeps(v.t().contiguous().t(), 0.9, b, None, loops.RELU, None, *SETTINGS)
+        before = loops.sweeps(made, None, b, None, RELU.compiled, None, *SETTINGS)
+        on_the_way = loops.sweeps(v, 0.9, b, None, RELU.compiled, None, *SETTINGS)
+        strided = loops.sweeps(v.t().contiguous().t(), 0.9, b, None, RELU.compiled, None, *SETTINGS)
     for found in (on_the_way, strided):
         assert torch.equal(found.scaled[0], made)
         assert torch.equal(found.scaled[1], scale)
