@@ -499,3 +499,11 @@ def test_recomputed_steps_are_refused_to_a_splitting_solver_in_words():
     model = ImplicitModel(4, 2, 6, constraint=Monotone(), adjoint=Unrolled(checkpoint=True))
     with pytest.raises(ArgumentError, match=r"Unrolled\(checkpoint=True\): .*PeacemanRachford.* Use checkpoint=False"):
         model(torch.randn(3, 4))
+
+
+def test_the_rounding_of_a_large_matrix_is_named_where_splitting_stalls():
+    torch.manual_seed(1)
+    A = Monotone(m=0.1)(3 * torch.randn(8, 8, dtype=torch.float64)).float()
+    f = Equilibrium(A, torch.randn(4, 8, dtype=torch.float64).float(), TANH)
+    with pytest.warns(ImplicitFunctionWarning, match="rounding of a large A: raise rtol, compute in a wider dtype"):
+        fixed_point(f, torch.zeros(4, 8, dtype=torch.float32), solver=PeacemanRachford(max_steps=2000))

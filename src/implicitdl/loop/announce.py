@@ -8,7 +8,18 @@ from typing import Literal
 import torch
 
 from ..solution import ConvergenceError, ImplicitFunctionWarning, OnFailure, SolveStats, Status
-from ..solvers import GMRES, Aitken, Anderson, Auto, Broyden, Newton, Picard, Solver
+from ..solvers import (
+    GMRES,
+    Aitken,
+    Anderson,
+    Auto,
+    Broyden,
+    ForwardBackward,
+    Newton,
+    PeacemanRachford,
+    Picard,
+    Solver,
+)
 from .iterate import SolveResult
 
 Direction = Literal["forward", "backward"]
@@ -93,6 +104,8 @@ def _stalled(result: SolveResult, worst: float, solver: Solver, direction: Direc
         return f"raise memory, which is {solver.memory}, to 100 and more, or pass Newton()."
     if isinstance(solver, GMRES):
         return f"raise restart, which is {solver.restart}; I − J may be singular."
+    if isinstance(solver, (ForwardBackward, PeacemanRachford)):
+        return "what is left may be the rounding of a large A: raise rtol, compute in a wider dtype, or pass Newton()."
     if direction == "backward":
         return "pass ImplicitAdjoint(solver=GMRES())."
     if isinstance(solver, (Picard, Aitken)):
