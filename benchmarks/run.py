@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import activations
 import certify
 import conv_block
 import conversion
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     print(machine())
     training_step.run()
+    activations.run()
     with torch.no_grad():
         solve.run()
         conversion.run()

@@ -28,7 +28,7 @@ def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
         weights = trained(n, u, y, steps=200)
         ours = ImplicitModel(input_dim=784, output_dim=10, hidden_dim=n, tol=RTOL, grad_tol=RTOL)
         ours.load_state_dict(weights)
-        reached, grad_reached, steps = _ours(ours, u[:batch], y[:batch])
+        forward, backward, steps = reached(ours, u[:batch], y[:batch])
         g = _cotangent(ours, u[:batch], y[:batch])
         theirs, theirs_reached, theirs_grad = torchidl_model(weights, u[:batch], g, RTOL)
         mlp = nn.Sequential(nn.Linear(784, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
@@ -40,12 +40,12 @@ def run(rows: list[tuple[int, int, int, int, float]] = ROWS) -> None:
             f"| {t['theirs'] / t['ours']:.2f} | ≥ {wanted} | {t['ours'] / t['mlp']:.2f} "
             f"| {least * 1e3:.2f} | {t['ours'] / least:.2f} "
             f"| {steps[0]:.1f}/{steps[1]:.1f} "
-            f"| {reached:.0e}/{grad_reached:.0e} | {theirs_reached:.0e}/{theirs_grad:.0e} |",
+            f"| {forward:.0e}/{backward:.0e} | {theirs_reached:.0e}/{theirs_grad:.0e} |",
             flush=True,
         )
 
 
-def _ours(model: ImplicitModel, u: torch.Tensor, y: torch.Tensor) -> tuple[float, float, tuple[float, float]]:
+def reached(model: ImplicitModel, u: torch.Tensor, y: torch.Tensor) -> tuple[float, float, tuple[float, float]]:
     with Monitor() as monitor:
         solution = model.solve(u)
         F.cross_entropy(model.read_out(solution.value, u), y).backward()
