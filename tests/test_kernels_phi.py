@@ -9,6 +9,7 @@ import torch
 
 from implicitdl.activations import COMPILED, ELU, GELU, SIGMOID, SILU, SOFTPLUS, TANH
 from implicitdl.kernels import build, loops
+from precision import digits
 
 pytestmark = [
     pytest.mark.compiled,
@@ -91,5 +92,5 @@ def test_what_is_not_a_number_is_left_to_torch(phi):
 def test_lanes_behind_the_last_number_count_for_nothing(phi, n):
     b = torch.linspace(-2, 2, 2 * n).view(2, n)
     swept = loops.sweeps(torch.zeros(n, n), None, b, torch.ones(2, n), phi.compiled, None, 1e-9, 0.0, 9, 2, 0.7, 9)
-    assert torch.allclose(swept.x, phi.phi(b), rtol=1e-6)
+    assert torch.allclose(swept.x, phi.phi(b), rtol=digits(1e-9, 1e-5))  # GELU of torch's cancels where z < 0
     assert swept.stats.steps.tolist() == [2, 2]
