@@ -1,6 +1,6 @@
 #pragma once
 /* φ and φ' of a vector of numbers.  Errors are below 4 ulp for every φ and 8 ulp for every φ', where these are normal
-   numbers, and where φ' does not cross 0; tests/test_kernels_phi.py measures them against long double.
+   numbers, and where φ' does not cross 0; tests/test_kernels_phi.py measures them against 40 digits.
 
    The polynomials are Chebyshev fits, made in 60 digits by mpmath's chebyfit; the degree is that of the precision. */
 

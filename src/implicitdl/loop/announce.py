@@ -58,11 +58,13 @@ def _causes(result: SolveResult, solver: Solver, direction: Direction) -> str:
     missed = ~stats.converged
     dtype = result.x.dtype
     # Of numbers so large, and of what f makes of them, the scalar products of the methods overflow.
-    large = result.x.detach().abs().amax(dim=1) > _LARGE * torch.finfo(dtype).max ** 0.5
-    if bool((missed & large).any()):
-        name = str(dtype).removeprefix("torch.")
-        return f"The squares of the state overflow {name}: measure it in other units, or compute in a wider dtype."
-    sentences = []
+    large = missed & (result.x.detach().abs().amax(dim=1) > _LARGE * torch.finfo(dtype).max ** 0.5).to(missed.device)
+    total, missed = int(missed.sum()), missed & ~large
+    share = _share(int(large.sum()), total)
+    sentences = [
+        f"The squares of the state overflow {str(dtype).removeprefix('torch.')}{share}: measure it in other units, or "
+        "compute in a wider dtype."
+    ] * bool(large.any())
     for status in (Status.NOT_FINITE, Status.RUNS_AWAY, Status.STALLED, Status.OUT_OF_STEPS):
         which = missed & (stats.status == status)
         count = int(which.sum())
@@ -78,9 +80,12 @@ def _causes(result: SolveResult, solver: Solver, direction: Direction) -> str:
             cause, remedy = "The residual no longer falls", _stalled(result, worst, solver, direction)
         else:
             cause, remedy = "The residual was still falling", "raise max_steps."
-        share = "" if count == int(missed.sum()) else f", in {count} of them"
-        sentences.append(f"{cause}{share}: {remedy}")
+        sentences.append(f"{cause}{_share(count, total)}: {remedy}")
     return " ".join(sentences)
+
+
+def _share(count: int, total: int) -> str:
+    return "" if count == total else f", in {count} of them"
 
 
 def _finite(direction: Direction) -> str:

@@ -26,7 +26,7 @@ class Correction(Residual):
     every number of a row that has grown must act on g.
 
     A root at 0 has no relative distance.  Where rounding leaves steps that do not shorten and are nothing beside the
-    numbers that x has been through, it has been found as exactly as they allow; else `Stage` tries 0 itself.
+    numbers that x has been through, it has been found as exactly as they allow; else the loop tries 0 itself.
 
     For a linear equation, an adjoint's, it is ‖r‖ / ‖g‖, the residual relative to the right-hand side.
     """
